@@ -1,0 +1,538 @@
+"""
+Preference alignment of a text-to-image diffusion model under any f-divergence: the whole loop, plainly.
+
+    python train.py --div js                                the main job: the toy on a laptop, SD1.5 where there is CUDA
+    python train.py --div alpha --alpha 0.4 --seed 1        another divergence, another seed
+    python train.py --div js --resume                       go on where a run was stopped or killed
+    python train.py --div js --model DIR --prompts my.txt --judge pickscore     your model, prompts, judge
+
+The method is SPO (arXiv 2406.04314) with the loss of arXiv 2409.09774: every denoising step is a choice between
+children of one x_t, and loss = -log sigmoid(beta f'(X_w) - beta f'(X_l)), X = p_theta / p_ref of that step.
+
+As SPO: K = 4 children from step 4 of 20 on, best against worst, a random child goes on, guidance in sampling and in
+training, LoRA of rank 4, AdamW, X clamped to [0.9, 1.1], log-ratios averaged over the latent.
+Different on purpose:
+  1. one policy and one reference prediction per pair, not two of each: the same gradient at half the cost;
+  2. the reference is the same UNet with its LoRA off, not a second UNet;
+  3. gradient clipping clips (SPO's never did: its parameters were a used-up iterator); --max_grad_norm 0 is SPO as run;
+  4. a short last group of pairs is weighted by its size, so every pair counts the same;
+  5. on one GPU, four accumulated batches of 10 pairs stand for SPO's four GPUs;
+  6. every random number is a function of --seed and the rollout, so --resume needs no generator's state.
+"""
+import argparse
+import itertools
+import io
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from divergences import NAMES, get_divergence
+from evaluate import entropy_1d, rmse
+from judges import JUDGES, load_judge
+from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
+from sample import (TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, generate, labelled_grid,
+                    load_pipeline, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
+                    resolve_model, run_cli, save_lora, set_lora, to_pil, write_file)
+
+FREE_ON_RESUME = ("resume", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device")
+
+
+def build_parser(preset):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def flag(name, default, help, **kw):
+        default = preset.get(name, default)
+        text = help if isinstance(default, bool) or default is None else f"{help} (default: {default})"
+        p.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **(kw if "action" in kw else {"type": type(default)} | kw))
+    on = dict(action="store_true")
+    # what to align, and to what
+    flag("div", "js", "divergence: " + ", ".join(NAMES))
+    flag("alpha", None, "of --div alpha, strictly between 0 and 1; the paper: 0.2, 0.4, 0.6, 0.8", type=float)
+    flag("beta", 10.0, "strength of the divergence in the loss, not scaled behind your back")
+    flag("match_curvature", False, "divide beta by f''(1), so that all divergences pull equally near X = 1", **on)
+    flag("clip_range", 0.1, "c of the clamp of X to [1-c, 1+c]")
+    flag("clip", "ratio", "ratio: SPO's clamp; onesided: pairs on the wrong side keep their gradient; none", choices=CLIPS)
+    flag("log_ratio", "mean", "log X as the mean or the sum over the latent's dimensions", choices=REDUCE)
+    flag("model", "auto", "auto, toy, a diffusers folder or a hub id")
+    flag("judge", "auto", "auto, " + ", ".join(JUDGES))
+    flag("prompts", None, "a .txt file, one prompt a line, or a .json list (default: the toy's own)", type=str)
+    # sampling
+    flag("num_epochs", 10, "passes over the prompts")
+    flag("sample_batch_size", 10, "prompts a rollout")
+    flag("num_children", 4, "K: children of one x_t, at least 2")
+    flag("first_step", 4, "the first step with children; earlier steps have one")
+    flag("threshold", 0.3, "a pair counts if softmax([best, worst]) differs by more")
+    flag("num_inference_steps", 20, "DDIM steps")
+    flag("eta", 1.0, "DDIM noise; above 0, since children differ by it alone")
+    flag("guidance_scale", 5.0, "in sampling and in training; <= 1 is none")
+    # training
+    flag("train_batch_size", 10, "pairs a backward pass")
+    flag("gradient_accumulation_steps", 4, "backward passes an optimiser step")
+    flag("learning_rate", 6e-5, "AdamW, constant")
+    flag("adam_weight_decay", 1e-4, "AdamW's")
+    flag("max_grad_norm", 1.0, "0: no clipping")
+    flag("rank", 4, "of the LoRA; alpha = rank")
+    flag("mixed_precision", "auto", "of the frozen weights and activations; auto: bf16 on CUDA, no elsewhere",
+         choices=("auto", "bf16", "fp16", "no"))
+    flag("gradient_checkpointing", False, "less memory, a third more time", **on)
+    flag("compile", False, "torch.compile the UNet", **on)
+    flag("device", "auto", "auto, cpu, cuda, cuda:1")
+    # the run
+    flag("seed", 0, "of everything random")
+    flag("max_train_steps", 0, "stop after this many optimiser steps; 0: at the end of the epochs")
+    flag("checkpointing_steps", 20, "optimiser steps between checkpoints")
+    flag("num_eval_prompts", 32, "prompts held out of training for the table at the end, at most a third")
+    flag("images_per_prompt", 4, "of that table")
+    flag("output_dir", None, "the run's folder (default: out/<model>-<div>)", type=str)
+    flag("resume", False, "go on with the run in output_dir; flags left out are the run's own", **on)
+    return p
+
+
+def parse(argv):
+    """Flags -> (args, where the model is, why). The toy's preset replaces a few defaults, so --help shows those in force."""
+    first = Parser(add_help=False)
+    first.add_argument("--model", default="auto")
+    where, why = resolve_model(first.parse_known_args(argv)[0].model)
+    is_toy = os.path.realpath(where) == TOY
+    preset = __import__("toy").PRESET if is_toy else {}
+    parser = build_parser(preset)
+    args = parser.parse_args(argv)
+    untyped = argparse.Namespace(**dict.fromkeys(vars(args), missing := object()))
+    typed = {k: v for k, v in vars(parser.parse_args(argv, untyped)).items() if v is not missing}
+    if args.output_dir is None:
+        tag = args.div + (f"{args.alpha:g}" if args.alpha is not None else "")
+        args.output_dir = os.path.join("out", f"{os.path.basename(where.rstrip('/'))}-{tag}")
+    args.model = where
+    if args.judge == "auto":
+        args.judge = "taste" if is_toy else "pickscore"
+    if args.resume:
+        args = resumed_args(args, typed)
+    return args, why
+
+
+def resumed_args(args, typed):
+    """The settings of the run in output_dir; raises UserError if there is none or if a typed flag contradicts it."""
+    path = os.path.join(args.output_dir, "config.json")
+    try:
+        with open(path) as f:
+            saved = json.load(f)["args"]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"nothing to resume in {args.output_dir!r} (no readable config.json): drop --resume, or give the "
+                        "run's folder with --output_dir") from e
+    now = vars(args)
+    other = [k for k in typed if k not in FREE_ON_RESUME and k in saved and saved[k] != now[k]]
+    if other:
+        raise UserError("--resume with different settings: " + ", ".join(f"{k} was {saved[k]}, now {now[k]}" for k in other)
+                        + "; leave them out, or start another run with another --output_dir")
+    return argparse.Namespace(**{**now, **saved, **{k: now[k] for k in typed if k in FREE_ON_RESUME},
+                                 "resume": True, "output_dir": args.output_dir})
+
+
+def validate(args):
+    """Every flag checked before anything is loaded or written; raises UserError. Returns (divergence, effective beta)."""
+    try:
+        div = get_divergence(args.div, args.alpha)
+    except ValueError as e:
+        raise UserError(f"--div {args.div}: {e}") from e
+    need = [
+        (args.beta > 0 and math.isfinite(args.beta), f"--beta must be positive, got {args.beta}"),
+        (0 < args.clip_range < 1, f"--clip_range must lie strictly between 0 and 1, got {args.clip_range}"),
+        (args.num_children >= 2, f"--num_children must be at least 2 (a pair needs two), got {args.num_children}"),
+        (1 <= args.num_inference_steps <= 1000, "--num_inference_steps must lie in 1..1000"),
+        (0 <= args.first_step < args.num_inference_steps,
+         f"--first_step must be below --num_inference_steps ({args.num_inference_steps}), got {args.first_step}"),
+        (0 <= args.threshold < 1, f"--threshold is a difference of probabilities, in [0, 1), got {args.threshold}"),
+        (args.eta > 0, f"--eta must be positive: without noise all children are the same, got {args.eta}"),
+        (args.learning_rate > 0, f"--learning_rate must be positive, got {args.learning_rate}"),
+        (args.max_grad_norm >= 0, f"--max_grad_norm must be at least 0, got {args.max_grad_norm}"),
+        (args.seed >= 0, f"--seed must be at least 0, got {args.seed}"),
+        *((getattr(args, k) >= 1, f"--{k} must be at least 1, got {getattr(args, k)}") for k in (
+            "num_epochs", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps", "rank",
+            "checkpointing_steps", "images_per_prompt", "num_eval_prompts"))]
+    for ok, message in need:
+        if not ok:
+            raise UserError(message)
+    return div, args.beta / div.curvature if args.match_curvature else args.beta
+
+
+def split_prompts(args):
+    """(training prompts, held-out prompts): held out evenly through the file, whatever the seed, so runs compare."""
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    elif args.model == TOY:
+        prompts = __import__("toy").prompts()
+    else:
+        raise UserError("this model needs --prompts FILE: a text file with one prompt a line, or SPO's 4k_training_prompts.json")
+    n = min(args.num_eval_prompts, len(prompts) // 3)
+    if n == 0:
+        print("fewer than three prompts: none is held out, the table at the end is about the training prompts")
+        return prompts, prompts
+    held = {round(i * len(prompts) / n) for i in range(n)}
+    return [p for i, p in enumerate(prompts) if i not in held], [prompts[i] for i in sorted(held)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step
+
+def pair_loss(pipe, pairs, index, null, div, beta, args):
+    """Eq. 5 on the pairs at `index`: ONE policy and ONE reference prediction for both children. -> (loss, stats)"""
+    x_t, t, text = pairs.x_t[index], pairs.t[index], pairs.text[pairs.prompt[index]]
+    with torch.no_grad(), lora_off(pipe.unet):
+        eps_ref = predict_noise(pipe.unet, x_t, t, text, null, args.guidance_scale)
+    eps = predict_noise(pipe.unet, x_t, t, text, null, args.guidance_scale)     # (n, 4, h, w)
+    u_w, u_l = step_log_ratios(eps, eps_ref, x_t, pairs.x_w[index], pairs.x_l[index], t, pipe.scheduler.alphas_cumprod,
+                               args.num_inference_steps, args.eta, args.log_ratio)
+    return alignment_loss(u_w, u_l, div, beta, args.clip_range, args.clip)
+
+
+def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scaler):
+    """Accumulates the mean loss of a group of pairs, clips, steps. Returns (stats of every pair, grad norm).
+
+    A short last group is divided by the full group's size, so each pair of a rollout has the same weight.
+    """
+    full = args.train_batch_size * args.gradient_accumulation_steps
+    stats = []
+    for index in group.split(args.train_batch_size):
+        loss, s = pair_loss(pipe, pairs, index, null, div, beta, args)
+        if not torch.isfinite(loss):
+            i = int((~torch.isfinite(s["loss"])).nonzero()[0])
+            raise FloatingPointError(f"timestep {int(pairs.t[index][i])}, X_w {float(s['X_w'][i]):g}, X_l {float(s['X_l'][i]):g}")
+        scaler.scale(loss * (len(index) / full)).backward()
+        stats.append(s)
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf)
+    scaler.step(opt)    # skipped by the scaler if fp16 gradients overflowed
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+    return {k: torch.cat([s[k] for s in stats]).cpu() for k in stats[0]}, norm.item()
+
+
+def step_record(stats, t):
+    """Means over the step's pairs, and over each quarter of the timesteps: loss_q1 (t 0..249) .. loss_q4 (750..999)."""
+    record = {k: v.mean().item() for k, v in stats.items()}
+    for q in range(4):
+        here = (t.cpu() // 250).clamp(max=3) == q
+        record |= {f"{k}_q{q + 1}": v[here].mean().item() if here.any() else None for k, v in stats.items()}
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+class Run:
+    """config.json, metrics.jsonl, samples/, the LoRA and state.pt: whatever a run leaves, and how it comes back."""
+
+    def __init__(self, args, pipe, params, opt, scaler):
+        self.args, self.pipe, self.params, self.opt, self.scaler = args, pipe, params, opt, scaler
+        self.folder, self.stop = args.output_dir, False
+        self.rollout = self.step = self.done = 0     # done: pairs of this rollout already trained on
+        self.pairs = self.order = None
+        self.log_path, self.state_path = (os.path.join(self.folder, f) for f in ("metrics.jsonl", "state.pt"))
+
+    def begin(self):
+        config = {"args": vars(self.args), "command": " ".join(sys.argv), "versions": versions(), "git_commit": git_commit(),
+                  "device": device_name(self.pipe.unet.device)}
+        if not self.args.resume:
+            write_file(os.path.join(self.folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
+            self.save()
+        elif os.path.exists(self.state_path):
+            self.load()
+
+    def save(self):
+        """The LoRA for others, then all that a bit-for-bit continuation needs, its own copy of the LoRA included."""
+        pairs = None if self.pairs is None else vars(self.pairs)
+        state = {"lora": lora_state(self.pipe.unet), "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
+                 "rollout": self.rollout, "step": self.step, "done": self.done, "pairs": pairs, "order": self.order,
+                 "log_bytes": os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        save_lora(self.pipe.unet, self.folder)
+        write_file(self.state_path, buffer.getvalue())
+
+    def load(self):
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises many types for a damaged archive
+            raise UserError(f"{self.state_path} is damaged ({type(e).__name__}): start again in another --output_dir") from e
+        set_lora(self.pipe.unet, state["lora"], self.state_path)
+        self.opt.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.rollout, self.step, self.done, self.order = (state[k] for k in ("rollout", "step", "done", "order"))
+        if state["pairs"]:
+            device = self.pipe.unet.device
+            self.pairs = Pairs(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in state["pairs"].items()})
+        if os.path.exists(self.log_path):
+            os.truncate(self.log_path, min(state["log_bytes"], os.path.getsize(self.log_path)))
+        print(f"resumed at optimiser step {self.step}, rollout {self.rollout + 1}")
+
+    def log(self, kind, **record):
+        try:
+            with open(self.log_path, "a") as f:
+                f.write(json.dumps({"kind": kind, "step": self.step, "rollout": self.rollout, **record}) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.log_path} ({e.strerror}): free some space, then --resume") from e
+
+    def check_stop(self):
+        """Called wherever the state is whole or untouched since it was: SIGINT and SIGTERM end the run here."""
+        if self.stop:
+            self.save()
+            raise KeyboardInterrupt
+
+
+def versions():
+    import diffusers
+    import transformers
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def git_commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return out.stdout.strip() or None
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+def paint(pipe, prompts, count, args, reference=False, progress=None):
+    """(P, count, 3, H, W): `count` images of every prompt, seeds fixed for all runs and policies; DDIM with eta 0."""
+    each = [p for p in prompts for _ in range(count)]
+    seeds = range(10_000, 10_000 + len(each))
+    def go():
+        return generate(pipe, each, list(seeds), args.num_inference_steps, args.guidance_scale, progress=progress)
+    if reference:
+        with lora_off(pipe.unet):
+            images = go()
+    else:
+        images = go()
+    return images.view(len(prompts), count, *images.shape[1:])
+
+
+def save_samples(run, prompts, epoch, reference):
+    images = paint(run.pipe, prompts, reference.shape[1], run.args)
+    rows = [row for i, p in enumerate(prompts)
+            for row in ((f"{p}   [reference]", reference[i]), (f"{p}   [aligned, epoch {epoch}]", images[i]))]
+    path = os.path.join(run.folder, "samples", f"epoch_{epoch:03d}.png")
+    labelled_grid(rows, path, cell=96 if images.shape[-1] < 128 else 256)
+
+
+def per_prompt(judge, prompts, images):
+    """{figure: (P,)}: the judge's score and reports, and two figures of diversity, for images (P, K, 3, H, W)."""
+    P, K = images.shape[:2]
+    flat, each = images.flatten(0, 1), [p for p in prompts for _ in range(K)]
+    text = judge.encode(prompts).repeat_interleave(K, 0)
+    scores = torch.cat([judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))])
+    figures = {f"{judge.name} (the judge)": scores}
+    if hasattr(judge, "report"):
+        figures |= judge.report(flat, each)
+    out = {k: v.view(P, K).nanmean(1) for k, v in figures.items()}
+    eight_bit = [[np.asarray(to_pil(x)) for x in row] for row in images]
+    if K > 1:
+        out["diversity: RMSE between images of a prompt"] = torch.tensor(
+            [np.mean([rmse(a, b, 255) for a, b in itertools.combinations(row, 2)]) for row in eight_bit])
+    out["diversity: entropy of an image, bits"] = torch.tensor([np.mean([entropy_1d(a) for a in row]) for row in eight_bit])
+    return out
+
+
+def final_table(run, judge, prompts):
+    """Held-out prompts before and after, mean +- standard error over prompts; printed, and written to table.md."""
+    count = run.args.images_per_prompt
+    with tqdm(total=2 * len(prompts) * count, unit="image", desc="held-out prompts") as bar:
+        before, after = (per_prompt(judge, prompts, paint(run.pipe, prompts, count, run.args, reference, bar.update))
+                         for reference in (True, False))
+    lines = [f"| {len(prompts)} held-out prompts x {count} images | before | after | change | in standard errors |",
+             "|---|---|---|---|---|"]
+    result = {}
+    for k in before:
+        d = after[k].double() - before[k].double()
+        d, se = d[~d.isnan()], lambda v: (v[~v.isnan()].std() / math.sqrt(max(1, (~v.isnan()).sum()))).item()
+        m = d.mean().item()
+        lines.append(f"| {k} | {before[k].nanmean():.3f} +- {se(before[k]):.3f} | {after[k].nanmean():.3f} +- {se(after[k]):.3f} "
+                     f"| {m:+.3f} +- {se(d):.3f} | {m / se(d) if se(d) > 0 else 0:+.1f} |")
+        result[k] = {"before": before[k].nanmean().item(), "after": after[k].nanmean().item(), "change": m, "se": se(d)}
+    write_file(os.path.join(run.folder, "table.md"), ("\n".join(lines) + "\n").encode())
+    run.log("table", figures=result)
+    print("\n" + "\n".join(lines))
+    print("(+- is the standard error over prompts, of the change: of the paired difference. It does not see the noise of "
+          "training:\n compare seeds for that.)")
+
+
+def draw_curves(run):
+    """curves.png: what metrics.jsonl says, so that a person sees whether the judge rose and at what price."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(run.log_path) as f:
+        lines = [json.loads(line) for line in f]
+    steps, rolls = ([r for r in lines if r["kind"] == kind] for kind in ("step", "rollout"))
+    if not steps:
+        return
+    x = [r["step"] for r in steps]
+    smooth = lambda v: np.convolve(np.pad(v, 4, mode="edge"), np.ones(9) / 9, "valid")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), constrained_layout=True)
+    axes[0].plot([r["step"] for r in rolls], [r["judge_final"] for r in rolls], "o-", ms=3, color="#b2182b")
+    axes[0].set_title("judge, finished training images")
+    for ax, key, title, level in ((axes[1], "loss", "loss", math.log(2)), (axes[2], "accuracy", "accuracy before the step", .5),
+                                  (axes[3], "clip_fraction", "clip fraction", None)):
+        v = [r[key] for r in steps]
+        ax.plot(x, v, ".", ms=2, color="#bbbbbb")
+        ax.plot(x, smooth(v), color="#2166ac")
+        ax.set_title(title)
+        if level is not None:
+            ax.axhline(level, ls=":", color="black", lw=1)
+    for ax in axes:
+        ax.set_xlabel("optimiser step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
+    plt.close(figure)
+    write_file(os.path.join(run.folder, "curves.png"), buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+def setup(args):
+    """Model, judge, LoRA, optimiser, folder; everything that can be wrong is found before a file is written."""
+    device = pick_device(args.device)
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if device.startswith("cuda") else "no"
+    if not args.resume and any(os.path.exists(os.path.join(args.output_dir, f)) for f in ("config.json", "state.pt")):
+        raise UserError(f"{args.output_dir!r} already holds a run: --resume goes on with it, another --output_dir starts anew")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    pipe = load_pipeline(args.model, device, dtype)
+    judge = load_judge(args.judge, device)
+    torch.manual_seed(args.seed)
+    params = add_lora(pipe.unet, args.rank)  # a list: see there
+    opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.unet.train()  # diffusers checkpoints in training mode alone; SD's UNet has no dropout that would differ
+    if args.compile:
+        pipe.unet.compile()
+    make_folder(os.path.join(args.output_dir, "samples"))
+    return Run(args, pipe, params, opt, scaler), judge
+
+
+def rollout(run, judge, prompts, bar):
+    """Fills run.pairs and run.order for this rollout, a function of (seed, rollout, weights) alone."""
+    args, start = run.args, time.time()
+    per_epoch = math.ceil(len(prompts) / args.sample_batch_size)
+    epoch, i = divmod(run.rollout, per_epoch)
+    shuffled = np.random.default_rng((args.seed, epoch)).permutation(len(prompts))
+    batch = [prompts[k] for k in shuffled[i * args.sample_batch_size:(i + 1) * args.sample_batch_size]]
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((args.seed, run.rollout)).generate_state(1)[0]))
+    def progress():
+        bar.update(1 / args.num_inference_steps)
+        run.check_stop()
+    run.pairs = collect_pairs(run.pipe, judge, batch, generator, args.num_children, args.first_step, args.threshold,
+                              args.num_inference_steps, args.eta, args.guidance_scale, progress=progress)
+    run.order, run.done = torch.randperm(len(run.pairs), generator=generator), 0
+    s = run.pairs.scores
+    run.log("rollout", epoch=epoch, judge_mean=s["mean"], judge_std=s["std"], judge_final=s["final"], pairs=len(run.pairs),
+            valid=len(run.pairs) / run.pairs.candidates, seconds=time.time() - start, peak_gb=peak_gb(run.pipe.unet.device))
+
+
+def train_on_rollout(run, div, beta, null, bar):
+    """One pass over run.pairs in run.order, from run.done on; checkpoints on the way. Returns False at max_train_steps."""
+    args, size = run.args, run.args.train_batch_size * run.args.gradient_accumulation_steps
+    while run.done < len(run.pairs):
+        group, start = run.order[run.done:run.done + size], time.time()
+        try:
+            stats, norm = optimiser_step(run.pipe, run.pairs, group, null, div, beta, args, run.params, run.opt, run.scaler)
+        except FloatingPointError as e:
+            run.log("error", message=f"non-finite loss: {e}")
+            raise UserError(f"the loss is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
+                            f"or keep the clip; the last checkpoint is in {run.folder}") from e
+        run.step, run.done = run.step + 1, run.done + len(group)
+        run.log("step", **step_record(stats, run.pairs.t[group]), pairs=len(group), grad_norm=norm,
+                lr=run.opt.param_groups[0]["lr"], seconds=time.time() - start)
+        bar.set_postfix_str(f"step {run.step}, judge {run.pairs.scores['final']:.2f}, accuracy {stats['accuracy'].mean():.2f}")
+        if run.step == args.max_train_steps:
+            return False
+        if run.step % args.checkpointing_steps == 0:
+            run.save()
+        run.check_stop()
+    return True
+
+
+def train(run, judge, prompts, held_out, div, beta):
+    """Rollouts until the epochs, or --max_train_steps, are through; a picture after every epoch."""
+    args = run.args
+    per_epoch = math.ceil(len(prompts) / args.sample_batch_size)
+    null, shown = encode_prompts(run.pipe, [""]), held_out[:4]
+    reference = paint(run.pipe, shown, 6, args, reference=True)
+    if run.rollout == 0 and run.pairs is None:
+        save_samples(run, shown, 0, reference)
+    limit = args.max_train_steps
+    with tqdm(total=per_epoch * args.num_epochs, initial=run.rollout, unit="rollout",
+              bar_format="{l_bar}{bar}| {n:.1f}/{total} rollouts [{elapsed}<{remaining}] {postfix}") as bar:
+        while run.rollout < per_epoch * args.num_epochs and not 0 < limit <= run.step:
+            run.check_stop()
+            if run.pairs is None:
+                rollout(run, judge, prompts, bar)
+            else:
+                bar.update(1)
+            if len(run.pairs) == 0:
+                print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
+                      f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
+            if not train_on_rollout(run, div, beta, null, bar):
+                break
+            run.rollout, run.pairs, run.order, run.done = run.rollout + 1, None, None, 0
+            if run.rollout % per_epoch == 0:
+                save_samples(run, shown, run.rollout // per_epoch, reference)
+    run.save()
+
+
+def main():
+    args, why = parse(sys.argv[1:])
+    div, beta = validate(args)
+    prompts, held_out = split_prompts(args)
+    print(f"model: {args.model} ({why}); judge: {args.judge}; {len(prompts)} training prompts, {len(held_out)} held out")
+    print(f"divergence: {div.name}, f''(1) = {div.curvature:g}, effective beta {beta:g}, learning rate {args.learning_rate:g}; "
+          f"output: {args.output_dir}", flush=True)
+    run, judge = setup(args)
+    run.begin()
+    def on_signal(number, frame):
+        if run.stop:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        run.stop = True
+        print("\nstopping: saving a checkpoint", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        train(run, judge, prompts, held_out, div, beta)
+    except KeyboardInterrupt:
+        print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {args.output_dir}",
+              file=sys.stderr)
+        sys.exit(130)
+    draw_curves(run)
+    final_table(run, judge, held_out)
+    print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
+    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir}' + ("" if args.model == TOY else f" --model {args.model}"))
+    print("  python train.py --div rkl      the same under another divergence")
+
+
+if __name__ == "__main__":
+    run_cli(main)
