@@ -481,6 +481,12 @@ def write_png(image, path):
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 
+def progress_bar(**kw):
+    """tqdm on a terminal; into a log file, a line's worth every 20 seconds."""
+    from tqdm import tqdm
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 20, **kw)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line like every other bad input, not a page of usage."""
 
@@ -540,10 +546,9 @@ def main():
     if args.lora:
         load_lora(pipe.unet, args.lora)
         policies.append("aligned")
-    from tqdm import tqdm
     each = [p for p in prompts for _ in args.seeds]
     rows = {}
-    with tqdm(total=len(each) * len(policies), unit="image") as bar:
+    with progress_bar(total=len(each) * len(policies), unit="image") as bar:
         for policy in policies:
             with lora_off(pipe.unet) if policy == "reference" else contextlib.nullcontext():
                 images = generate(pipe, each, args.seeds * len(prompts), args.num_inference_steps, args.guidance_scale,

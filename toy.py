@@ -14,6 +14,7 @@ fp32 on two cores), stored in fp16, 5.5 MB. `python toy.py --check` prints what 
 """
 import argparse
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -222,10 +223,10 @@ def train_vae(vae, steps, rng, bar, batch=24, lr=4e-3):
         bar.set_postfix_str(f"VAE {10 * np.log10(4 / wrong.pow(2).mean().item()):.1f} dB")
 
 
-def train_unet(pipe, steps, rng, bar, batch=64, lr=2e-3, pictures=40960):
+def train_unet(pipe, steps, rng, bar, pictures, batch=64, lr=2e-3):
     """Noise prediction with min-SNR weights (gamma 5), stratified timesteps, 10 % empty captions, EMA at the end."""
     with torch.no_grad():
-        drawn = [draw(256, rng) for _ in range(pictures // 256)]
+        drawn = [draw(256, rng) for _ in range(math.ceil(pictures / 256))]
         latents = torch.cat([pipe.vae.encode(x * 2 - 1).latent_dist.mean for x, _ in drawn])
     names = [n for _, chunk in drawn for n in chunk]
     factor = 1 / latents.std().item()  # unit std, as SD's 0.18215 does
@@ -259,39 +260,39 @@ def train_unet(pipe, steps, rng, bar, batch=64, lr=2e-3, pictures=40960):
             p.copy_(e)
 
 
-def check(folder):
-    """Prints what the checker and the model in folder reach."""
+def check(folder, captions=CAPTIONS):
+    """Prints what the checker and the model in folder reach, one picture a caption."""
     from sample import generate, load_pipeline
     images, names = draw(2000, np.random.default_rng(7))
     seen = read_picture(images)
     each = [np.mean([s[k] == n[k] for s, n in zip(seen, names)]) for k in range(4)]
     print("checker on 2,000 true pictures:", ", ".join(
         f"{k} {v:.1%}" for k, v in zip(("size", "light", "ground", "sky"), each)), f"; together {np.mean(each):.1%}")
-    images = generate(load_pipeline(folder), CAPTIONS, range(len(CAPTIONS)), batch_size=63)
-    share = prompt_following(images, CAPTIONS)
-    print(f"model in {os.path.basename(folder)}/, its {len(CAPTIONS)} captions at guidance 5: {share.mean():.1%} of what they name "
-          f"is there; taste {Taste()(images).mean():.2f}")
+    images = generate(load_pipeline(folder), captions, range(len(captions)), batch_size=63)
+    share = prompt_following(images, captions)
+    print(f"model in {os.path.basename(folder)}/, {len(captions)} captions at guidance 5: {share.mean():.1%} of what they name is "
+          f"there; taste {Taste()(images).mean():.2f}")
 
 
 def main():
-    from sample import TOY, Parser, UserError
+    from sample import TOY, Parser, UserError, progress_bar
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="train nothing; print what checker and model reach")
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=7000)
+    parser.add_argument("--pictures", type=int, default=40960, help="drawn and encoded once for the UNet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=TOY, help="replaced only when the training has ended")
     args = parser.parse_args()
     if args.check:
         return check(args.output_dir)
-    from tqdm import tqdm
-    if min(args.vae_steps, args.unet_steps) < 1:
-        raise UserError("--vae_steps and --unet_steps must be at least 1")
+    if min(args.vae_steps, args.unet_steps, args.pictures) < 1:
+        raise UserError("--vae_steps, --unet_steps and --pictures must be at least 1")
     torch.manual_seed(args.seed)
     rng, pipe = np.random.default_rng(args.seed), make_pipeline()
     for part, steps, train in ((pipe.vae, args.vae_steps, lambda bar: train_vae(pipe.vae, args.vae_steps, rng, bar)),
-                               (pipe.unet, args.unet_steps, lambda bar: train_unet(pipe, args.unet_steps, rng, bar))):
-        with tqdm(total=steps) as bar:
+                               (pipe.unet, args.unet_steps, lambda bar: train_unet(pipe, args.unet_steps, rng, bar, args.pictures))):
+        with progress_bar(total=steps) as bar:
             train(bar)
     save(pipe, args.output_dir)
     check(args.output_dir)

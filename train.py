@@ -20,7 +20,6 @@ Different on purpose:
   6. every random number is a function of --seed and the rollout, so --resume needs no generator's state.
 """
 import argparse
-import itertools
 import io
 import json
 import math
@@ -33,15 +32,14 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from divergences import NAMES, get_divergence
-from evaluate import entropy_1d, rmse
+from evaluate import before_after, paint, per_prompt
 from judges import JUDGES, load_judge
 from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
-from sample import (TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, generate, labelled_grid,
+from sample import (TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
                     load_pipeline, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
-                    resolve_model, run_cli, save_lora, set_lora, to_pil, write_file)
+                    progress_bar, resolve_model, run_cli, save_lora, set_lora, write_file)
 
 FREE_ON_RESUME = ("resume", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device")
 
@@ -313,20 +311,6 @@ def peak_gb(device):
 # ---------------------------------------------------------------------------------------------------------------
 # What a person sees
 
-def paint(pipe, prompts, count, args, reference=False, progress=None):
-    """(P, count, 3, H, W): `count` images of every prompt, seeds fixed for all runs and policies; DDIM with eta 0."""
-    each = [p for p in prompts for _ in range(count)]
-    seeds = range(10_000, 10_000 + len(each))
-    def go():
-        return generate(pipe, each, list(seeds), args.num_inference_steps, args.guidance_scale, progress=progress)
-    if reference:
-        with lora_off(pipe.unet):
-            images = go()
-    else:
-        images = go()
-    return images.view(len(prompts), count, *images.shape[1:])
-
-
 def save_samples(run, prompts, epoch, reference):
     images = paint(run.pipe, prompts, reference.shape[1], run.args)
     rows = [row for i, p in enumerate(prompts)
@@ -335,45 +319,17 @@ def save_samples(run, prompts, epoch, reference):
     labelled_grid(rows, path, cell=96 if images.shape[-1] < 128 else 256)
 
 
-def per_prompt(judge, prompts, images):
-    """{figure: (P,)}: the judge's score and reports, and two figures of diversity, for images (P, K, 3, H, W)."""
-    P, K = images.shape[:2]
-    flat, each = images.flatten(0, 1), [p for p in prompts for _ in range(K)]
-    text = judge.encode(prompts).repeat_interleave(K, 0)
-    scores = torch.cat([judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))])
-    figures = {f"{judge.name} (the judge)": scores}
-    if hasattr(judge, "report"):
-        figures |= judge.report(flat, each)
-    out = {k: v.view(P, K).nanmean(1) for k, v in figures.items()}
-    eight_bit = [[np.asarray(to_pil(x)) for x in row] for row in images]
-    if K > 1:
-        out["diversity: RMSE between images of a prompt"] = torch.tensor(
-            [np.mean([rmse(a, b, 255) for a, b in itertools.combinations(row, 2)]) for row in eight_bit])
-    out["diversity: entropy of an image, bits"] = torch.tensor([np.mean([entropy_1d(a) for a in row]) for row in eight_bit])
-    return out
-
-
 def final_table(run, judge, prompts):
-    """Held-out prompts before and after, mean +- standard error over prompts; printed, and written to table.md."""
+    """Held-out prompts under the reference and under the policy; printed, logged, and written to table.md."""
     count = run.args.images_per_prompt
-    with tqdm(total=2 * len(prompts) * count, unit="image", desc="held-out prompts") as bar:
+    with progress_bar(total=2 * len(prompts) * count, unit="image", desc="held-out prompts") as bar:
         before, after = (per_prompt(judge, prompts, paint(run.pipe, prompts, count, run.args, reference, bar.update))
                          for reference in (True, False))
-    lines = [f"| {len(prompts)} held-out prompts x {count} images | before | after | change | in standard errors |",
-             "|---|---|---|---|---|"]
-    result = {}
-    for k in before:
-        d = after[k].double() - before[k].double()
-        d, se = d[~d.isnan()], lambda v: (v[~v.isnan()].std() / math.sqrt(max(1, (~v.isnan()).sum()))).item()
-        m = d.mean().item()
-        lines.append(f"| {k} | {before[k].nanmean():.3f} +- {se(before[k]):.3f} | {after[k].nanmean():.3f} +- {se(after[k]):.3f} "
-                     f"| {m:+.3f} +- {se(d):.3f} | {m / se(d) if se(d) > 0 else 0:+.1f} |")
-        result[k] = {"before": before[k].nanmean().item(), "after": after[k].nanmean().item(), "change": m, "se": se(d)}
-    write_file(os.path.join(run.folder, "table.md"), ("\n".join(lines) + "\n").encode())
-    run.log("table", figures=result)
-    print("\n" + "\n".join(lines))
-    print("(+- is the standard error over prompts, of the change: of the paired difference. It does not see the noise of "
-          "training:\n compare seeds for that.)")
+    table, figures = before_after(before, after, count)
+    write_file(os.path.join(run.folder, "table.md"), table.encode())
+    run.log("table", figures=figures)
+    print(f"\n{table}(+- is the standard error over prompts; of the change, that of the paired difference. It does not see "
+          "the noise\nof training: run other seeds for that.)")
 
 
 def draw_curves(run):
@@ -486,8 +442,8 @@ def train(run, judge, prompts, held_out, div, beta):
     if run.rollout == 0 and run.pairs is None:
         save_samples(run, shown, 0, reference)
     limit = args.max_train_steps
-    with tqdm(total=per_epoch * args.num_epochs, initial=run.rollout, unit="rollout",
-              bar_format="{l_bar}{bar}| {n:.1f}/{total} rollouts [{elapsed}<{remaining}] {postfix}") as bar:
+    with progress_bar(total=per_epoch * args.num_epochs, initial=run.rollout,
+                      bar_format="{l_bar}{bar}| {n:.1f}/{total} rollouts [{elapsed}<{remaining}]{postfix}") as bar:
         while run.rollout < per_epoch * args.num_epochs and not 0 < limit <= run.step:
             run.check_stop()
             if run.pairs is None:

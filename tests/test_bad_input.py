@@ -1,0 +1,162 @@
+"""Every line of bad input: one line on stderr that names the fix, exit code 2, nothing written and nothing lost."""
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+
+import sample
+import train
+from sample import LORA_FILE
+from test_train import weights, same
+
+FLAGS = [
+    (["--div", "kl"], "choose one of rkl"), (["--div", "alpha"], "needs alpha"), (["--div", "alpha", "--alpha", 0], "strictly between"),
+    (["--div", "alpha", "--alpha", 1], "strictly between"), (["--div", "alpha", "--alpha", "nan"], "strictly between"),
+    (["--div", "alpha", "--alpha", "x"], "invalid float"), (["--div", "js", "--alpha", 0.4], "drop it"),
+    (["--beta", -1], "--beta must be positive"), (["--beta", "nan"], "--beta must be positive"),
+    (["--clip_range", 0], "--clip_range"), (["--clip_range", 1], "--clip_range"), (["--clip", "both"], "invalid choice"),
+    (["--num_children", 1], "at least 2"), (["--first_step", 4], "--first_step must be below"), (["--first_step", -1], "--first_step"),
+    (["--eta", 0], "--eta must be positive"), (["--threshold", 1], "--threshold"), (["--learning_rate", 0], "--learning_rate"),
+    (["--train_batch_size", 0], "--train_batch_size must be at least 1"), (["--rank", 0], "--rank"), (["--seed", -1], "--seed"),
+    (["--no_such_flag"], "unrecognized"), (["--judge", "mother"], "unknown judge"), (["--device", "abacus"], "unknown device"),
+    (["--model", "nowhere/at/all"], "no model folder"), (["--model", "./nowhere"], "no model folder"),
+    (["--model", "someone/some-model"], "hub in reach"), (["--judge", "pickscore"], "cannot load the judge"),
+    (["--prompts", "nowhere.txt"], "cannot read prompts file"), (["--resume"], "nothing to resume"),
+]
+
+
+@pytest.mark.parametrize("flags, words", FLAGS, ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else None)
+def test_flags(command, small_run, tmp_path, flags, words):
+    out = tmp_path / "r"
+    code, _, err = command("train.py", *small_run, *flags, "--output_dir", out)
+    assert code == 2 and words in err and err.strip().count("\n") == 0, err
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_asked_for_where_there_is_none(command, small_run, tmp_path):
+    code, _, err = command("train.py", *small_run, "--device", "cuda", "--output_dir", tmp_path / "r")
+    assert code == 2 and "torch sees none" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"\n  \n", "is empty"), (b"\xff\xfe\x00binary", "is not text"),
+                                            (b"a\0b", "is not text")])
+def test_prompts_files(command, small_run, tmp_path, content, words):
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    code, _, err = command("train.py", *small_run, "--prompts", path, "--output_dir", tmp_path / "r")
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("content, ok", [('["a sun", "a moon"]', True), ('[{"caption": "a sun"}, {"prompt": "a moon"}]', True),
+                                         ('{"caption": 1', False), ('[3]', False), ('[{"text": "a"}]', False)])
+def test_json_prompts(tmp_path, content, ok):
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    if ok:
+        assert sample.read_prompts(str(path)) == ["a sun", "a moon"]
+    else:
+        with pytest.raises(sample.UserError, match="JSON list"):
+            sample.read_prompts(str(path))
+
+
+def test_a_model_that_needs_prompts_says_so(command, micro, tmp_path):
+    code, _, err = command("train.py", "--model", micro, "--judge", "taste", "--output_dir", tmp_path / "r")
+    assert code == 2 and "needs --prompts FILE" in err
+
+
+@pytest.mark.parametrize("part", ("unet/config.json", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json",
+                                  "unet/diffusion_pytorch_model.safetensors"))
+def test_a_model_folder_that_lacks_a_part(command, small_run, micro, tmp_path, part):
+    folder = tmp_path / "m"
+    shutil.copytree(micro, folder)
+    shutil.rmtree(folder / part) if (folder / part).is_dir() else os.remove(folder / part)
+    code, _, err = command("train.py", *small_run, "--model", folder, "--output_dir", tmp_path / "r")
+    assert code == 2 and part.split("/")[0] in err and err.count("\n") == 1, err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("part", ("unet", "vae"))
+def test_a_truncated_safetensors_file(command, small_run, micro, tmp_path, part):
+    folder = tmp_path / "m"
+    shutil.copytree(micro, folder)
+    path = folder / part / "diffusion_pytorch_model.safetensors"
+    with open(path, "r+b") as f:
+        f.truncate(path.stat().st_size - 100)
+    code, _, err = command("train.py", *small_run, "--model", folder, "--output_dir", tmp_path / "r")
+    assert code == 2 and f"{part}/diffusion_pytorch_model.safetensors is damaged" in err and err.count("\n") == 1
+
+
+def test_an_output_folder_that_cannot_be_written(command, small_run, tmp_path):
+    (tmp_path / "file").write_text("I am a file")
+    code, _, err = command("train.py", *small_run, "--output_dir", tmp_path / "file" / "r")
+    assert code == 2 and "choose another --output_dir" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def finished(command, small_run, tmp_path):
+    code, _, err = command("train.py", *small_run, "--div", "js", "--max_train_steps", 1, "--output_dir", tmp_path / "r")
+    assert code == 0, err
+    return tmp_path / "r"
+
+
+def snapshot(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_an_output_folder_that_holds_another_run(command, small_run, finished):
+    before = snapshot(finished)
+    code, _, err = command("train.py", *small_run, "--output_dir", finished)
+    assert code == 2 and "already holds a run" in err and "--resume" in err and err.count("\n") == 1
+    assert snapshot(finished) == before
+
+
+def test_resume_with_different_settings(command, small_run, finished):
+    before = snapshot(finished)
+    code, _, err = command("train.py", "--resume", "--div", "rkl", "--beta", 3, "--output_dir", finished)
+    assert code == 2 and "div was js, now rkl" in err and "beta was 10.0, now 3.0" in err and err.count("\n") == 1
+    assert snapshot(finished) == before
+
+
+def test_a_damaged_state_or_config(command, finished):
+    (finished / "state.pt").write_bytes((finished / "state.pt").read_bytes()[:300])
+    code, _, err = command("train.py", "--resume", "--output_dir", finished)
+    assert code == 2 and "state.pt is damaged" in err
+    (finished / "config.json").write_text('{"args": ')
+    code, _, err = command("train.py", "--resume", "--output_dir", finished)
+    assert code == 2 and "nothing to resume" in err
+
+
+class Mine:
+    def __reduce__(self):
+        return (os.system, ("touch was_run",))
+
+
+def test_state_is_never_unpickled(command, finished, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"lora": Mine()}, finished / "state.pt")
+    code, _, err = command("train.py", "--resume", "--output_dir", finished)
+    assert code == 2 and "damaged" in err and not (tmp_path / "was_run").exists()
+
+
+def test_a_full_disk_while_saving(command, small_run, finished):
+    """The kernel refuses to let any file grow beyond 2 kB, in the middle of a run: the checkpoint before it survives whole."""
+    lora, state = weights(finished), (finished / "state.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        code, _, err = command("train.py", "--resume", "--max_train_steps", 0, "--output_dir", finished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and "cannot write" in last and "free some space" in last and "Traceback" not in err
+    assert same(weights(finished), lora) and (finished / "state.pt").read_bytes() == state
+    assert not list(finished.glob("*.tmp"))
+    code, _, err = command("train.py", "--resume", "--max_train_steps", 0, "--output_dir", finished)  # space again: it goes on
+    assert code == 0 and not same(weights(finished), lora)
