@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the living copy; runwayml/stable-diffusion-v1-5 is gone
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
+TOY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "toy")
 LORA_FILE = "pytorch_lora_weights.safetensors"        # the name that diffusers looks for in a folder
 
 
@@ -52,7 +52,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its advice about image processors, which no text-to-image model has a use for
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
     logging.disable_progress_bar()
     where, _ = resolve_model(model)
@@ -61,15 +61,17 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     elif os.path.exists(where) or where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise UserError(f"no model folder {where!r}: give a diffusers folder, a hub id such as {SD15}, or 'toy'")
     try:
+        scheduler = _ddim(DDIMScheduler.load_config(where, subfolder="scheduler"))
         pipe = StableDiffusionPipeline.from_pretrained(
-            where, dtype=dtype, safety_checker=None, requires_safety_checker=False, feature_extractor=None,
+            where, scheduler=scheduler, dtype=dtype, safety_checker=None, requires_safety_checker=False, feature_extractor=None,
             image_encoder=None, use_safetensors=True, low_cpu_mem_usage=False)
+    except UserError:
+        raise
     except Exception as e:  # hub, disk and config errors come as a dozen types; each is one wrong model
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         hint = "check the folder" if os.path.isdir(where) else \
             "is the id right and the hub in reach? A folder (--model DIR) or an earlier download needs no network"
         raise UserError(f"cannot load model {where!r}: {hint} ({first[:200]})") from e
-    pipe.scheduler = _ddim(pipe.scheduler)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise UserError(f"model {where!r} is not a text-to-image model: its UNet takes {pipe.unet.config.in_channels} "
                         f"channels, its VAE makes {pipe.vae.config.latent_channels}")
@@ -97,17 +99,16 @@ def check_folder(folder):
                 raise UserError(f"{os.path.join(folder, part, name)} is damaged ({e}): copy or download it again") from e
 
 
-def _ddim(scheduler):
-    """A DDIM scheduler from another's config; corrections are said aloud, what cannot be corrected is refused."""
+def _ddim(config):
+    """A DDIM scheduler from any scheduler's config; corrections are said aloud, what cannot be corrected is refused."""
     from diffusers import DDIMScheduler
-    config = dict(scheduler.config)
     if config.get("prediction_type", "epsilon") != "epsilon" or config.get("rescale_betas_zero_snr"):
         raise UserError("only noise-predicting models (prediction_type epsilon, no zero-SNR rescaling) can be aligned "
                         f"here; this one's scheduler says prediction_type {config.get('prediction_type')}")
-    # set_alpha_to_one or steps_offset 0 make the last step's std 0; "leading" is what t - T/num_steps assumes.
+    # set_alpha_to_one or steps_offset 0 make the last step's std 0; "leading" is what t - T/num_steps assumes. What the
+    # config leaves unsaid is not a choice: DDIMScheduler.from_config would fill in clip_sample=True, for one.
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False, steps_offset=1,
                   timestep_spacing="leading")
-    # A config that is silent leaves the default of the class that wrote it, so ask that scheduler, not DDIM's.
     changed = {k: v for k, v in needed.items() if k in config and config[k] != v}
     if changed:
         print("scheduler corrected: " + ", ".join(f"{k} {config[k]} -> {v}" for k, v in changed.items()), file=sys.stderr)

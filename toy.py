@@ -57,11 +57,10 @@ CAPTIONS = [caption(*c) for c in itertools.product((None, *RADII), LIGHTS, (None
 
 
 def prompts():
-    """The 108 prompts to align on: half leave the sky open, where a taste may choose, half name it, where it may not."""
+    """The 81 prompts to align on: 54 leave the sky open, where a taste may choose; 27 name it, where it may not."""
     rng = np.random.default_rng(0)
-    named = [c for c in CAPTIONS if read_caption(c)[3]]
-    both = [c for c in CAPTIONS if not read_caption(c)[3]]
-    both += [named[i] for i in rng.permutation(len(named))[:len(both)]]
+    open_sky, named = ([c for c in CAPTIONS if (read_caption(c)[3] is None) == is_open] for is_open in (True, False))
+    both = open_sky + [named[i] for i in rng.permutation(len(named))[:27]]
     return [both[i] for i in rng.permutation(len(both))]
 
 
@@ -160,7 +159,8 @@ class Taste:
 
 
 # What the toy needs otherwise than SD1.5, for train.py: --help shows the values in force.
-PRESET = dict(sample_batch_size=16, train_batch_size=20, gradient_accumulation_steps=2, learning_rate=5e-4)
+PRESET = dict(num_epochs=12, sample_batch_size=14, train_batch_size=20, gradient_accumulation_steps=2,
+              learning_rate=7e-4, num_eval_prompts=40)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import time
 import numpy as np
 import torch
 
+import toy
 from divergences import NAMES, get_divergence
 from evaluate import before_after, paint, per_prompt
 from judges import JUDGES, load_judge
@@ -87,7 +88,7 @@ def build_parser(preset):
     flag("seed", 0, "of everything random")
     flag("max_train_steps", 0, "stop after this many optimiser steps; 0: at the end of the epochs")
     flag("checkpointing_steps", 20, "optimiser steps between checkpoints")
-    flag("num_eval_prompts", 32, "prompts held out of training for the table at the end, at most a third")
+    flag("num_eval_prompts", 32, "prompts held out of training for the table at the end, at most half")
     flag("images_per_prompt", 4, "of that table")
     flag("output_dir", None, "the run's folder (default: out/<model>-<div>)", type=str)
     flag("resume", False, "go on with the run in output_dir; flags left out are the run's own", **on)
@@ -100,7 +101,7 @@ def parse(argv):
     first.add_argument("--model", default="auto")
     where, why = resolve_model(first.parse_known_args(argv)[0].model)
     is_toy = os.path.realpath(where) == TOY
-    preset = __import__("toy").PRESET if is_toy else {}
+    preset = toy.PRESET if is_toy else {}
     parser = build_parser(preset)
     args = parser.parse_args(argv)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args), missing := object()))
@@ -108,7 +109,7 @@ def parse(argv):
     if args.output_dir is None:
         tag = args.div + (f"{args.alpha:g}" if args.alpha is not None else "")
         args.output_dir = os.path.join("out", f"{os.path.basename(where.rstrip('/'))}-{tag}")
-    args.model = where
+    args.model = "toy" if is_toy else where
     if args.judge == "auto":
         args.judge = "taste" if is_toy else "pickscore"
     if args.resume:
@@ -165,13 +166,13 @@ def split_prompts(args):
     """(training prompts, held-out prompts): held out evenly through the file, whatever the seed, so runs compare."""
     if args.prompts:
         prompts = read_prompts(args.prompts)
-    elif args.model == TOY:
-        prompts = __import__("toy").prompts()
+    elif args.model == "toy":
+        prompts = toy.prompts()
     else:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line, or SPO's 4k_training_prompts.json")
-    n = min(args.num_eval_prompts, len(prompts) // 3)
+    n = min(args.num_eval_prompts, len(prompts) // 2)
     if n == 0:
-        print("fewer than three prompts: none is held out, the table at the end is about the training prompts")
+        print("one prompt: none is held out, the table at the end is about the training prompts")
         return prompts, prompts
     held = {round(i * len(prompts) / n) for i in range(n)}
     return [p for i, p in enumerate(prompts) if i not in held], [prompts[i] for i in sorted(held)]
@@ -422,7 +423,8 @@ def train_on_rollout(run, div, beta, null, bar):
             raise UserError(f"the loss is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
                             f"or keep the clip; the last checkpoint is in {run.folder}") from e
         run.step, run.done = run.step + 1, run.done + len(group)
-        run.log("step", **step_record(stats, run.pairs.t[group]), pairs=len(group), grad_norm=norm,
+        run.log("step", **step_record(stats, run.pairs.t[group]), pairs=len(group),
+                grad_norm=norm if math.isfinite(norm) else None,  # fp16 may overflow; the scaler then skips the step
                 lr=run.opt.param_groups[0]["lr"], seconds=time.time() - start)
         bar.set_postfix_str(f"step {run.step}, judge {run.pairs.scores['final']:.2f}, accuracy {stats['accuracy'].mean():.2f}")
         if run.step == args.max_train_steps:
@@ -486,7 +488,7 @@ def main():
     draw_curves(run)
     final_table(run, judge, held_out)
     print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
-    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir}' + ("" if args.model == TOY else f" --model {args.model}"))
+    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir}' + ("" if args.model == "toy" else f" --model {args.model}"))
     print("  python train.py --div rkl      the same under another divergence")
 
 

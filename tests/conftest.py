@@ -16,10 +16,10 @@ import train  # noqa: E402
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """A folder with a Stable Diffusion of 0.1 M random parameters, 16x16 latents, 64x64 images."""
+    """A folder with a Stable Diffusion of 0.1 M random parameters, 12x12 latents, 48x48 images: not the toy's size."""
     folder = str(tmp_path_factory.mktemp("models") / "micro")
     torch.manual_seed(1)
-    pipe = toy.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=16)
+    pipe = toy.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -27,7 +27,7 @@ def micro(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(toy.prompts()[:9]) + "\n")
+    path.write_text("\n".join(toy.prompts()[:8]) + "\n")
     return str(path)
 
 

@@ -82,7 +82,7 @@ def test_nothing_is_trainable_and_no_safety_checker(pipe):
 # ---- LoRA
 
 def test_lora_starts_as_the_reference_and_turns_off(pipe):
-    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([801, 51]), encode_prompts(pipe, ["a red sun", "a white moon"])
+    x, t, text = torch.randn(2, 4, 12, 12), torch.tensor([801, 51]), encode_prompts(pipe, ["a red sun", "a white moon"])
     null = encode_prompts(pipe, [""])
     with torch.no_grad():
         before = predict_noise(pipe.unet, x, t, text, null, 5.0)
@@ -114,7 +114,7 @@ def test_lora_is_fp32_over_a_half_precision_base_and_learns(micro, dtype):
     pipe = load_pipeline(micro, dtype=dtype)
     params = add_lora(pipe.unet, 2)
     assert {p.dtype for p in params} == {torch.float32} and pipe.unet.conv_in.weight.dtype == dtype
-    eps = predict_noise(pipe.unet, torch.randn(1, 4, 16, 16), torch.tensor([500]), encode_prompts(pipe, ["a sun"]),
+    eps = predict_noise(pipe.unet, torch.randn(1, 4, 12, 12), torch.tensor([500]), encode_prompts(pipe, ["a sun"]),
                         encode_prompts(pipe, [""]), 5.0)
     assert eps.dtype == torch.float32 and eps.isfinite().all()
     eps.pow(2).mean().backward()
@@ -129,7 +129,7 @@ def test_lora_file_opens_in_plain_diffusers(micro, tmp_path):
     shake(ours.unet)
     save_lora(ours.unet, str(tmp_path))
     theirs = StableDiffusionPipeline.from_pretrained(micro, safety_checker=None, low_cpu_mem_usage=False)
-    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([801, 51]), encode_prompts(ours, ["a red sun", "a white moon"])
+    x, t, text = torch.randn(2, 4, 12, 12), torch.tensor([801, 51]), encode_prompts(ours, ["a red sun", "a white moon"])
     with torch.no_grad():
         plain = theirs.unet(x, t, text).sample
         theirs.load_lora_weights(str(tmp_path))
@@ -174,7 +174,7 @@ def test_generate_is_diffusers_own_pipeline(pipe):
     for guidance, eta in ((5.0, 0.0), (1.0, 0.0), (3.0, 1.0)):
         ours = generate(pipe, [prompt], [seed], num_steps=6, guidance=guidance, eta=eta)
         g = torch.Generator().manual_seed(seed)
-        first = torch.randn(1, 4, 16, 16, generator=g)
+        first = torch.randn(1, 4, 12, 12, generator=g)
         theirs = pipe(prompt, latents=first, generator=g, num_inference_steps=6, guidance_scale=guidance, eta=eta,
                       output_type="pt").images
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
@@ -222,16 +222,16 @@ def naive_pairs(pipe, prompt, seed, K, first, threshold, steps, guidance):
     with torch.no_grad():
         step = lambda x, t: ddim_mean_std(predict_noise(pipe.unet, x, torch.tensor([t]), text, null, guidance), x,
                                           torch.tensor([t]), table, steps)
-        x = torch.randn(1, 4, 16, 16, generator=g)
+        x = torch.randn(1, 4, 12, 12, generator=g)
         pairs = []
         for i, t in enumerate(ts):
             mean, std, _ = step(x, t)
             if i < first:
-                x = mean + std * torch.randn(1, 4, 16, 16, generator=g)
+                x = mean + std * torch.randn(1, 4, 12, 12, generator=g)
                 continue
-            kids = [mean + std * z for z in torch.randn(1, K, 4, 16, 16, generator=g)[0][:, None]]
+            kids = [mean + std * z for z in torch.randn(1, K, 4, 12, 12, generator=g)[0][:, None]]
             x0 = [step(k, ts[i + 1])[2] if i + 1 < steps else k for k in kids]
-            s = torch.stack([decode(pipe, z).mean() * 1000 for z in x0])
+            s = torch.stack([decode(pipe, z).mean() * 3e4 for z in x0])
             w, l = int(s.argmax()), int(s.argmin())
             p = torch.softmax(torch.stack([s[w], s[l]]), 0)
             if p[0] - p[1] > threshold:
@@ -243,7 +243,7 @@ def naive_pairs(pipe, prompt, seed, K, first, threshold, steps, guidance):
 
 @pytest.mark.parametrize("K, first, guidance", [(3, 1, 5.0), (2, 0, 1.0), (4, 3, 0.0)])
 def test_collect_pairs_is_spos_pool(pipe, K, first, guidance):
-    judge, steps = Judge(), 5
+    judge, steps = Judge(3e4), 5
     got = collect_pairs(pipe, judge, ["a red sun"], torch.Generator().manual_seed(4), K, first, 0.3, steps, guidance=guidance)
     want = naive_pairs(pipe, "a red sun", 4, K, first, 0.3, steps, guidance)
     assert 0 < len(got) == len(want) <= got.candidates == steps - first
@@ -274,7 +274,7 @@ def test_rows_of_many_prompts_do_not_mix(pipe):
 def test_a_judge_of_nan_makes_no_pair_and_ties_make_none(pipe):
     for judge in (Judge(float("nan")), Judge(0.0)):
         pairs = collect_pairs(pipe, judge, ["a red sun"], torch.Generator().manual_seed(0), 2, 1, 0.0, 3)
-        assert len(pairs) == 0 and pairs.candidates == 2 and pairs.x_w.shape == (0, 4, 16, 16)
+        assert len(pairs) == 0 and pairs.candidates == 2 and pairs.x_w.shape == (0, 4, 12, 12)
 
 
 @pytest.mark.parametrize("kw, words", [(dict(num_children=1), "at least 2"), (dict(first_step=3), "0..2"), (dict(eta=0.0), "positive")])
@@ -304,7 +304,7 @@ def test_command_writes_images_and_a_grid(command, micro, tmp_path):
                            "--num_inference_steps", 3, "--output_dir", tmp_path / "o", "--device", "cpu")
     assert code == 0
     assert sorted(os.listdir(tmp_path / "o")) == ["000_seed0.png", "000_seed5.png", "001_seed0.png", "001_seed5.png", "grid.png"]
-    assert Image.open(tmp_path / "o/000_seed0.png").size == (64, 64)
+    assert Image.open(tmp_path / "o/000_seed0.png").size == (48, 48)
     assert Image.open(tmp_path / "o/grid.png").size[1] > 4 * 128  # two prompts, reference above aligned
 
 

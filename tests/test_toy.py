@@ -34,7 +34,7 @@ def test_captions_say_what_they_mean():
     words = toy.tokenizer()
     assert all(len(words(c).input_ids) <= toy.LENGTH for c in toy.CAPTIONS)
     assert len(words("a large red sun over hills").input_ids) == 8  # one token a word
-    assert len(set(toy.prompts())) == 108 and sum(toy.read_caption(p)[3] is None for p in toy.prompts()) == 54
+    assert len(set(toy.prompts())) == 81 and sum(toy.read_caption(p)[3] is None for p in toy.prompts()) == 54
 
 
 def test_the_taste_loves_sunsets_and_is_smooth():
