@@ -89,7 +89,7 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio"):
         v_w = u_w.clamp(min=low if clip == "ratio" else None, max=high)
         v_l = u_l.clamp(min=low, max=high if clip == "ratio" else None)
     margin = beta * (div.reward(v_w) - div.reward(v_l))  # the divergence enters here and nowhere else
-    losses = -F.logsigmoid(margin)                       # softplus would do, but cuts its gradient off at 20
+    losses = -F.logsigmoid(margin)                       # softplus would do, but is only y = x above 20
     stats = {"loss": losses, "margin": margin, "accuracy": (torch.sign(u_w - u_l) + 1) / 2,
              "X_w": u_w.exp(), "X_l": u_l.exp(), "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2}
     return losses.mean(), {k: v.detach() for k, v in stats.items()}

@@ -72,6 +72,8 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
         hint = "check the folder" if os.path.isdir(where) else \
             "is the id right and the hub in reach? A folder (--model DIR) or an earlier download needs no network"
         raise UserError(f"cannot load model {where!r}: {hint} ({first[:200]})") from e
+    if pipe.unet.config.addition_embed_type or pipe.unet.config.cross_attention_dim != pipe.text_encoder.config.hidden_size:
+        raise UserError(f"model {where!r} is not of Stable Diffusion 1's shape (one text encoder, no added conditions)")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise UserError(f"model {where!r} is not a text-to-image model: its UNet takes {pipe.unet.config.in_channels} "
                         f"channels, its VAE makes {pipe.vae.config.latent_channels}")
@@ -428,7 +430,7 @@ def make_folder(path):
 def read_prompts(path):
     """Prompts from a .txt file, one a line, or a .json list of strings or of {"caption" | "prompt": ...} (SPO's format)."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # Windows' editors put a mark in front
             content = f.read()
         if "\0" in content:
             raise UnicodeError
@@ -439,7 +441,10 @@ def read_prompts(path):
     lines = content.splitlines()
     if path.endswith(".json"):
         try:
-            lines = [x if isinstance(x, str) else x["caption"] if "caption" in x else x["prompt"] for x in json.loads(content)]
+            items = json.loads(content)
+            lines = [x if isinstance(x, str) else x["caption"] if "caption" in x else x["prompt"] for x in items]
+            if not isinstance(items, list) or not all(isinstance(x, str) for x in lines):
+                raise TypeError("not a list, or a prompt that is no text")
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path!r} is not a JSON list of strings or of objects with caption or prompt ({e})") from e
     prompts = [line.strip() for line in lines if line.strip()]
@@ -514,8 +519,11 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError as e:
         raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0") from e
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for but torch sees none: use --device cpu, or install a CUDA build of torch")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{name} was asked for but torch sees {torch.cuda.device_count() or 'none'} of them: use --device cpu, "
+                        "or install a CUDA build of torch")
     return name
 
 
@@ -536,10 +544,9 @@ def main():
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise UserError('nothing to paint: give a prompt in quotes ("a red sun over a sea") or --prompts FILE')
-    if args.num_inference_steps < 1 or args.batch_size < 1 or args.eta < 0:
-        raise UserError("--num_inference_steps and --batch_size must be at least 1, --eta at least 0")
+    if not 1 <= args.num_inference_steps <= 500 or args.batch_size < 1 or not args.eta >= 0:
+        raise UserError("--num_inference_steps must lie in 1..500, --batch_size be at least 1, --eta at least 0")
     device = pick_device(args.device)
-    make_folder(args.output_dir)
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
     pipe = load_pipeline(where, device, torch.float16 if device.startswith("cuda") else torch.float32)
@@ -547,6 +554,7 @@ def main():
     if args.lora:
         load_lora(pipe.unet, args.lora)
         policies.append("aligned")
+    make_folder(args.output_dir)
     each = [p for p in prompts for _ in args.seeds]
     rows = {}
     with progress_bar(total=len(each) * len(policies), unit="image") as bar:

@@ -15,7 +15,7 @@ Different on purpose:
   1. one policy and one reference prediction per pair, not two of each: the same gradient at half the cost;
   2. the reference is the same UNet with its LoRA off, not a second UNet;
   3. gradient clipping clips (SPO's never did: its parameters were a used-up iterator); --max_grad_norm 0 is SPO as run;
-  4. a short last group of pairs is weighted by its size, so every pair counts the same;
+  4. a short last group of pairs weighs in the gradient by its size;
   5. on one GPU, four accumulated batches of 10 pairs stand for SPO's four GPUs;
   6. every random number is a function of --seed and the rollout, so --resume needs no generator's state.
 """
@@ -24,7 +24,7 @@ import io
 import json
 import math
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,15 +142,18 @@ def validate(args):
     except ValueError as e:
         raise UserError(f"--div {args.div}: {e}") from e
     need = [
-        (args.beta > 0 and math.isfinite(args.beta), f"--beta must be positive, got {args.beta}"),
+        *((math.isfinite(v), f"--{k} must be a finite number, got {v}") for k, v in vars(args).items() if isinstance(v, float)),
+        (args.judge in JUDGES, f"unknown judge {args.judge!r}: choose one of {', '.join(JUDGES)}"),
+        (args.beta > 0, f"--beta must be positive, got {args.beta}"),
         (0 < args.clip_range < 1, f"--clip_range must lie strictly between 0 and 1, got {args.clip_range}"),
         (args.num_children >= 2, f"--num_children must be at least 2 (a pair needs two), got {args.num_children}"),
-        (1 <= args.num_inference_steps <= 1000, "--num_inference_steps must lie in 1..1000"),
+        (1 <= args.num_inference_steps <= 500, f"--num_inference_steps must lie in 1..500, got {args.num_inference_steps}"),
         (0 <= args.first_step < args.num_inference_steps,
          f"--first_step must be below --num_inference_steps ({args.num_inference_steps}), got {args.first_step}"),
         (0 <= args.threshold < 1, f"--threshold is a difference of probabilities, in [0, 1), got {args.threshold}"),
         (args.eta > 0, f"--eta must be positive: without noise all children are the same, got {args.eta}"),
         (args.learning_rate > 0, f"--learning_rate must be positive, got {args.learning_rate}"),
+        (args.adam_weight_decay >= 0, f"--adam_weight_decay must be at least 0, got {args.adam_weight_decay}"),
         (args.max_grad_norm >= 0, f"--max_grad_norm must be at least 0, got {args.max_grad_norm}"),
         (args.seed >= 0, f"--seed must be at least 0, got {args.seed}"),
         *((getattr(args, k) >= 1, f"--{k} must be at least 1, got {getattr(args, k)}") for k in (
@@ -170,6 +173,7 @@ def split_prompts(args):
         prompts = toy.prompts()
     else:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line, or SPO's 4k_training_prompts.json")
+    prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be both trained on and held out
     n = min(args.num_eval_prompts, len(prompts) // 2)
     if n == 0:
         print("one prompt: none is held out, the table at the end is about the training prompts")
@@ -195,7 +199,8 @@ def pair_loss(pipe, pairs, index, null, div, beta, args):
 def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scaler):
     """Accumulates the mean loss of a group of pairs, clips, steps. Returns (stats of every pair, grad norm).
 
-    A short last group is divided by the full group's size, so each pair of a rollout has the same weight.
+    A short last group is divided by the full group's size, so that each pair of a rollout has the same weight in the
+    gradient (AdamW forgives most of a gradient's scale, but its moments remember who was small).
     """
     full = args.train_batch_size * args.gradient_accumulation_steps
     stats = []
@@ -208,6 +213,9 @@ def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scale
         stats.append(s)
     scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf)
+    if not scaler.is_enabled() and not torch.isfinite(norm):  # the loss can saturate to 0 while its gradient overflows
+        raise FloatingPointError(f"gradient norm {norm.item()}, timesteps {sorted(set(pairs.t[group].tolist()))}, "
+                                 f"X_w up to {max(s['X_w'].max().item() for s in stats):g}")
     scaler.step(opt)    # skipped by the scaler if fp16 gradients overflowed
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -239,11 +247,13 @@ class Run:
     def begin(self):
         config = {"args": vars(self.args), "command": " ".join(sys.argv), "versions": versions(), "git_commit": git_commit(),
                   "device": device_name(self.pipe.unet.device)}
-        if not self.args.resume:
-            write_file(os.path.join(self.folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
-            self.save()
-        elif os.path.exists(self.state_path):
+        if self.args.resume and os.path.exists(self.state_path):
             self.load()
+        elif self.args.resume and os.path.exists(self.log_path):
+            raise UserError(f"nothing to resume in {self.folder!r}: its state.pt is gone; start again in another --output_dir")
+        write_file(os.path.join(self.folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
+        if not os.path.exists(self.state_path):
+            self.save()
 
     def save(self):
         """The LoRA for others, then all that a bit-for-bit continuation needs, its own copy of the LoRA included."""
@@ -294,6 +304,8 @@ def versions():
 
 
 def git_commit():
+    if not shutil.which("git"):
+        return None
     here = os.path.dirname(os.path.abspath(__file__))
     out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return out.stdout.strip() or None
@@ -306,6 +318,10 @@ def device_name(device):
 def peak_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
@@ -370,9 +386,9 @@ def draw_curves(run):
 def setup(args):
     """Model, judge, LoRA, optimiser, folder; everything that can be wrong is found before a file is written."""
     device = pick_device(args.device)
+    if args.mixed_precision == "auto":
+        args.mixed_precision = "bf16" if device.startswith("cuda") else "no"  # so that config.json says what it was
     precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "no"
     if not args.resume and any(os.path.exists(os.path.join(args.output_dir, f)) for f in ("config.json", "state.pt")):
         raise UserError(f"{args.output_dir!r} already holds a run: --resume goes on with it, another --output_dir starts anew")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
@@ -419,8 +435,8 @@ def train_on_rollout(run, div, beta, null, bar):
         try:
             stats, norm = optimiser_step(run.pipe, run.pairs, group, null, div, beta, args, run.params, run.opt, run.scaler)
         except FloatingPointError as e:
-            run.log("error", message=f"non-finite loss: {e}")
-            raise UserError(f"the loss is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
+            run.log("error", message=f"not finite: {e}")
+            raise UserError(f"loss or gradient is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
                             f"or keep the clip; the last checkpoint is in {run.folder}") from e
         run.step, run.done = run.step + 1, run.done + len(group)
         run.log("step", **step_record(stats, run.pairs.t[group]), pairs=len(group),
@@ -460,7 +476,10 @@ def train(run, judge, prompts, held_out, div, beta):
             run.rollout, run.pairs, run.order, run.done = run.rollout + 1, None, None, 0
             if run.rollout % per_epoch == 0:
                 save_samples(run, shown, run.rollout // per_epoch, reference)
+    if run.done or run.rollout % per_epoch:  # --max_train_steps cut an epoch short: its picture all the same
+        save_samples(run, shown, run.rollout // per_epoch + 1, reference)
     run.save()
+    run.check_stop()
 
 
 def main():
@@ -481,15 +500,18 @@ def main():
         signal.signal(number, on_signal)
     try:
         train(run, judge, prompts, held_out, div, beta)
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: from here on a signal simply ends the process
+            signal.signal(number, signal.default_int_handler)
+        draw_curves(run)
+        final_table(run, judge, held_out)
     except KeyboardInterrupt:
         print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {args.output_dir}",
               file=sys.stderr)
         sys.exit(130)
-    draw_curves(run)
-    final_table(run, judge, held_out)
     print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
-    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir}' + ("" if args.model == "toy" else f" --model {args.model}"))
-    print("  python train.py --div rkl      the same under another divergence")
+    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir} --model {args.model}')
+    other = " ".join(f"--{k} {getattr(args, k)}" for k in ("model", "judge", "prompts") if getattr(args, k))
+    print(f"  python train.py --div {'rkl' if args.div != 'rkl' else 'js'} {other}      the same under another divergence")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ FLAGS = [
     (["--div", "kl"], "choose one of rkl"), (["--div", "alpha"], "needs alpha"), (["--div", "alpha", "--alpha", 0], "strictly between"),
     (["--div", "alpha", "--alpha", 1], "strictly between"), (["--div", "alpha", "--alpha", "nan"], "strictly between"),
     (["--div", "alpha", "--alpha", "x"], "invalid float"), (["--div", "js", "--alpha", 0.4], "drop it"),
-    (["--beta", -1], "--beta must be positive"), (["--beta", "nan"], "--beta must be positive"),
+    (["--beta", -1], "--beta must be positive"), (["--beta", "nan"], "--beta must be a finite"),
+    (["--guidance_scale", "nan"], "finite"), (["--adam_weight_decay", -1], "--adam_weight_decay"), (["--num_inference_steps", 1000], "1..500"),
     (["--clip_range", 0], "--clip_range"), (["--clip_range", 1], "--clip_range"), (["--clip", "both"], "invalid choice"),
     (["--num_children", 1], "at least 2"), (["--first_step", 4], "--first_step must be below"), (["--first_step", -1], "--first_step"),
     (["--eta", 0], "--eta must be positive"), (["--threshold", 1], "--threshold"), (["--learning_rate", 0], "--learning_rate"),
     (["--train_batch_size", 0], "--train_batch_size must be at least 1"), (["--rank", 0], "--rank"), (["--seed", -1], "--seed"),
-    (["--no_such_flag"], "unrecognized"), (["--judge", "mother"], "unknown judge"), (["--device", "abacus"], "unknown device"),
+    (["--no_such_flag"], "unrecognized"), (["--judge", "mother"], "unknown judge"), (["--device", "abacus"], "unknown device"), (["--device", "meta"], "not supported"),
     (["--model", "nowhere/at/all"], "no model folder"), (["--model", "./nowhere"], "no model folder"),
     (["--model", "someone/some-model"], "hub in reach"), (["--judge", "pickscore"], "cannot load the judge"),
     (["--prompts", "nowhere.txt"], "cannot read prompts file"), (["--resume"], "nothing to resume"),
@@ -53,7 +54,7 @@ def test_prompts_files(command, small_run, tmp_path, content, words):
 
 
 @pytest.mark.parametrize("content, ok", [('["a sun", "a moon"]', True), ('[{"caption": "a sun"}, {"prompt": "a moon"}]', True),
-                                         ('{"caption": 1', False), ('[3]', False), ('[{"text": "a"}]', False)])
+                                         ('{"caption": 1', False), ('[3]', False), ('"a sun"', False), ('[{"caption": null}]', False), ('{"a sun": 1, "a moon": 2}', False), ('[{"text": "a"}]', False)])
 def test_json_prompts(tmp_path, content, ok):
     path = tmp_path / "p.json"
     path.write_text(content)
@@ -120,6 +121,13 @@ def test_resume_with_different_settings(command, small_run, finished):
     code, _, err = command("train.py", "--resume", "--div", "rkl", "--beta", 3, "--output_dir", finished)
     assert code == 2 and "div was js, now rkl" in err and "beta was 10.0, now 3.0" in err and err.count("\n") == 1
     assert snapshot(finished) == before
+
+
+def test_a_state_that_is_gone(command, finished):
+    os.remove(finished / "state.pt")
+    before = snapshot(finished)
+    code, _, err = command("train.py", "--resume", "--output_dir", finished)
+    assert code == 2 and "state.pt is gone" in err and snapshot(finished) == before
 
 
 def test_a_damaged_state_or_config(command, finished):

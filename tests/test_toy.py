@@ -79,6 +79,12 @@ def test_toy_rebuilds_itself(command, tmp_path, monkeypatch):
     assert pipe.vae.config.scaling_factor != 1
 
 
+def test_toy_replaces_nothing_but_models(command, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = command("toy.py", "--output_dir", tmp_path)
+    assert code == 2 and "holds something else" in err and (tmp_path / "thesis.txt").exists()
+
+
 @pytest.mark.parametrize("argv, words", [(["--vae_steps", 0], "at least 1"), (["--check", "--output_dir", "nowhere/x/y"], "no model folder")])
 def test_bad_input(command, argv, words):
     code, _, err = command("toy.py", *argv)

@@ -147,14 +147,14 @@ def test_clipping_clips(started):
     assert norm > 1 and seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_one_big_step_moves_winners_up_and_losers_down(started):
+def test_steps_move_winners_up_and_losers_down(started):
     run, _, null, div, beta = started
     group = torch.arange(4)
     run.opt.param_groups[0]["lr"] = 3e-3
-    for _ in range(6):
+    for _ in range(12):
         train.optimiser_step(run.pipe, run.pairs, group, null, div, beta, run.args, run.params, run.opt, run.scaler)
     _, stats = train.pair_loss(run.pipe, run.pairs, group, null, div, beta, run.args)
-    assert (stats["margin"] > 0).all() and stats["loss"].mean() < math.log(2) - 1e-4
+    assert stats["margin"].mean() > 0 and stats["loss"].mean() < math.log(2) - 1e-2 and (stats["X_w"] > stats["X_l"]).sum() >= 3
 
 
 # ---- a whole run
@@ -249,7 +249,7 @@ def test_a_non_finite_loss_stops_with_step_timestep_and_ratio(command, small_run
     code, _, err = command("train.py", *small_run, "--learning_rate", 1e30, "--clip", "none", "--output_dir", tmp_path / "r")
     assert code == 2
     last = err.strip().splitlines()[-1]
-    assert "not finite at optimiser step 2" in last and "timestep" in last and "X_w" in last
+    assert "is not finite at optimiser step 2" in last and "timestep" in last and "X_w" in last
     assert all(v.isfinite().all() for v in weights(tmp_path / "r").values())  # the checkpoint before it is whole
 
 
@@ -285,16 +285,18 @@ bomb({module}, {name!r}, {at})
 sys.argv = ["train.py"] + {argv!r}
 sample.run_cli(train.main)
 """
-# where the process dies: in a rollout's sampling, between backward and checkpoint, in the middle of writing a checkpoint,
-# between the LoRA file and state.pt, while the last picture is drawn
-KILLS = [("KILL", "train.sample", "predict_noise", 29), ("KILL", "train", "step_log_ratios", 5), ("KILL", "os", "fsync", 7),
-         ("KILL", "os", "replace", 5), ("TERM", "train.sample", "predict_noise", 31), ("INT", "train", "step_log_ratios", 6),
-         ("KILL", "train", "draw_curves", 1)]
+# (signal, module, function, at which of its calls), each in a process that resumed where the one before it died
+KILLS = [("KILL", "sample", "predict_noise", 11),   # in the first rollout
+         ("TERM", "sample", "predict_noise", 10),   # the same, politely: saves and says how to go on
+         ("KILL", "train", "step_log_ratios", 5),   # after a checkpoint, within the third optimiser step
+         ("INT", "train", "step_log_ratios", 1),    # Ctrl-C in mid-rollout: its pairs are saved too
+         ("KILL", "os", "fsync", 4),                # while state.pt is written: the LoRA file is newer than the state
+         ("KILL", "os", "replace", 3),              # while the epoch's picture is written
+         ("KILL", "train", "draw_curves", 1)]       # when training has ended
 
 
 def go(argv, kill=None):
     sig, module, name, at = kill or ("KILL", "os", "fsync", -1)
-    module = {"train.sample": "sample", "train": "train", "os": "os"}[module]
     code = KILLER.format(root=ROOT, sig=sig, module=module, name=name, at=at, argv=[str(a) for a in argv])
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
