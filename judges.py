@@ -16,7 +16,7 @@ a pair is trained on if softmax([best, worst]) differs by more than it. A judge 
 import torch
 import torch.nn.functional as F
 
-from sample import UserError
+from sample import UserError, hub_out_of_reach
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
@@ -33,9 +33,10 @@ class PickScore:
                  tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         from transformers import CLIPModel, CLIPTokenizer
         dtype = torch.float16 if str(device).startswith("cuda") else torch.float32
+        local = hub_out_of_reach()
         try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
-            self.clip = CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True)
+            self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=local)
+            self.clip = CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True, local_files_only=local)
         except (OSError, ValueError) as e:
             raise UserError(f"cannot load the judge {where!r}: is the hub in reach? An earlier download needs no network, "
                             f"and --judge taste no weights ({str(e).strip().splitlines()[0][:160]})") from e

@@ -2,7 +2,7 @@
 Everything that paints: load a Stable Diffusion, LoRA, the DDIM step, images from seeds, and preference pairs.
 
     python sample.py "a red sun over a sea"                              the toy where there is no CUDA, else SD1.5
-    python sample.py "a red sun over a sea" --lora out/toy-js            a run's LoRA, the reference row above it
+    python sample.py "a red sun over a sea" --model toy --lora out/toy-js    a run's LoRA, the reference row above it
     python sample.py --prompts my.txt --model DIR_OR_HUB_ID --seeds 0 1 2 3
 
 Writes one PNG per image and a labelled grid to --output_dir. Seed k gives the same picture at any batch size.
@@ -13,8 +13,12 @@ import contextlib
 import io
 import json
 import os
+import socket
 import sys
+import warnings
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
@@ -55,16 +59,18 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers 0.42 against huggingface_hub 2
     where, _ = resolve_model(model)
     if os.path.isdir(where):
         check_folder(where)
     elif os.path.exists(where) or where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise UserError(f"no model folder {where!r}: give a diffusers folder, a hub id such as {SD15}, or 'toy'")
+    local = os.path.isdir(where) or hub_out_of_reach()
     try:
-        scheduler = _ddim(DDIMScheduler.load_config(where, subfolder="scheduler"))
+        scheduler = _ddim(DDIMScheduler.load_config(where, subfolder="scheduler", local_files_only=local))
         pipe = StableDiffusionPipeline.from_pretrained(
-            where, scheduler=scheduler, dtype=dtype, safety_checker=None, requires_safety_checker=False, feature_extractor=None,
-            image_encoder=None, use_safetensors=True, low_cpu_mem_usage=False)
+            where, scheduler=scheduler, dtype=dtype, local_files_only=local, use_safetensors=True, safety_checker=None,
+            requires_safety_checker=False, feature_extractor=None, image_encoder=None, low_cpu_mem_usage=False)
     except UserError:
         raise
     except Exception as e:  # hub, disk and config errors come as a dozen types; each is one wrong model
@@ -81,6 +87,19 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
         part.requires_grad_(False).eval().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def hub_out_of_reach():
+    """True if the model hub cannot be reached: then only earlier downloads are looked at, and nobody waits for retries."""
+    from huggingface_hub import constants
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or hub.scheme in getproxies():
+        return constants.HF_HUB_OFFLINE  # behind a proxy only the real request can tell
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        return False
+    except OSError:
+        return True
 
 
 def check_folder(folder):

@@ -245,8 +245,9 @@ def test_an_empty_rollout_is_survived_and_logged(command, small_run, tmp_path):
     assert [r["pairs"] for r in records(tmp_path / "r", "rollout")] == [0, 0] and records(tmp_path / "r") == []
 
 
-def test_a_non_finite_loss_stops_with_step_timestep_and_ratio(command, small_run, tmp_path):
-    code, _, err = command("train.py", *small_run, "--learning_rate", 1e30, "--clip", "none", "--output_dir", tmp_path / "r")
+@pytest.mark.parametrize("div", ("js", "fkl"))
+def test_a_non_finite_loss_or_gradient_stops_with_step_timestep_and_ratio(command, small_run, tmp_path, div):
+    code, _, err = command("train.py", *small_run, "--div", div, "--learning_rate", 1e30, "--clip", "none", "--output_dir", tmp_path / "r")
     assert code == 2
     last = err.strip().splitlines()[-1]
     assert "is not finite at optimiser step 2" in last and "timestep" in last and "X_w" in last
@@ -351,3 +352,17 @@ def test_the_presets_of_help_are_those_in_force(command):
         assert f"(default: {v})" in flat.split(f"--{k} ")[-1][:200]
         assert getattr(train.parse(["--model", "toy"])[0], k) == v
     assert train.parse(["--model", "somewhere"])[0].learning_rate == 6e-5  # SPO's, for every other model
+
+
+def test_a_finite_loss_with_a_broken_gradient_does_not_reach_the_weights(started):
+    """Forward KL, no clamp, a ratio whose inverse overflows fp32: the loss saturates at 0, the gradient is NaN."""
+    run, _, null, _, beta = started
+    for k in ("x_w", "x_l"):
+        getattr(run.pairs, k).mul_(300)
+    run.args.clip, run.args.log_ratio = "none", "sum"
+    for _, m in sample.lora_layers(run.pipe.unet):
+        torch.nn.init.normal_(m.lora_B, std=1e-1)
+    before = [p.clone() for p in run.params]
+    with pytest.raises(FloatingPointError):
+        train.optimiser_step(run.pipe, run.pairs, torch.arange(4), null, get_divergence("fkl"), beta, run.args, run.params, run.opt, run.scaler)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.params))
