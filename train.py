@@ -416,8 +416,10 @@ def rollout(run, judge, prompts, bar):
     shuffled = np.random.default_rng((args.seed, epoch)).permutation(len(prompts))
     batch = [prompts[k] for k in shuffled[i * args.sample_batch_size:(i + 1) * args.sample_batch_size]]
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence((args.seed, run.rollout)).generate_state(1)[0]))
+    steps_done = iter(range(1, args.num_inference_steps + 1))
     def progress():
-        bar.update(1 / args.num_inference_steps)
+        bar.n = run.rollout + next(steps_done) / args.num_inference_steps
+        bar.update(0)
         run.check_stop()
     run.pairs = collect_pairs(run.pipe, judge, batch, generator, args.num_children, args.first_step, args.threshold,
                               args.num_inference_steps, args.eta, args.guidance_scale, progress=progress)
@@ -466,8 +468,6 @@ def train(run, judge, prompts, held_out, div, beta):
             run.check_stop()
             if run.pairs is None:
                 rollout(run, judge, prompts, bar)
-            else:
-                bar.update(1)
             if len(run.pairs) == 0:
                 print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
                       f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
