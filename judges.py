@@ -60,7 +60,7 @@ def preprocess(images, size):
     """(N, 3, H, W) in [0, 1] -> (N, 3, size, size), normalised as CLIP expects."""
     H, W = images.shape[-2:]
     short = min(H, W)
-    new = (round(H * size / short), round(W * size / short))
+    new = (int(H * size / short), int(W * size / short))
     x = F.interpolate(images.float(), size=new, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
     stat = lambda v: torch.tensor(v, device=x.device).view(3, 1, 1)

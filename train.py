@@ -360,7 +360,8 @@ def draw_curves(run):
     if not steps:
         return
     x = [r["step"] for r in steps]
-    smooth = lambda v: np.convolve(np.pad(v, 4, mode="edge"), np.ones(9) / 9, "valid")
+    window = np.ones(min(9, len(x)))
+    smooth = lambda v: np.convolve(v, window, "same") / np.convolve(np.ones(len(v)), window, "same")
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), constrained_layout=True)
     axes[0].plot([r["step"] for r in rolls], [r["judge_final"] for r in rolls], "o-", ms=3, color="#b2182b")
     axes[0].set_title("judge, finished training images")
