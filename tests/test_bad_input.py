@@ -123,6 +123,16 @@ def test_resume_with_different_settings(command, small_run, finished):
     assert snapshot(finished) == before
 
 
+def test_resume_after_the_prompts_were_edited(command, small_run, prompts_file, tmp_path):
+    mine = tmp_path / "mine.txt"
+    shutil.copy(prompts_file, mine)
+    command("train.py", *small_run, "--prompts", mine, "--max_train_steps", 1, "--output_dir", tmp_path / "r")
+    before = snapshot(tmp_path / "r")
+    mine.write_text(mine.read_text() + "a blue moon\n")
+    code, _, err = command("train.py", "--resume", "--output_dir", tmp_path / "r")
+    assert code == 2 and "were edited" in err and err.count("\n") == 1 and snapshot(tmp_path / "r") == before
+
+
 def test_a_state_that_is_gone(command, finished):
     os.remove(finished / "state.pt")
     before = snapshot(finished)

@@ -1,4 +1,5 @@
 """The loop: what a step costs and does, what a run leaves behind, and that no kill loses work."""
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import sample
@@ -56,10 +58,18 @@ def test_one_policy_and_one_reference_row_per_pair(started, guidance, rows):
     run.pipe.unet.register_forward_pre_hook(lambda m, a: calls.append((layer.on, len(a[0]))))
     loss, _ = train.pair_loss(run.pipe, run.pairs, torch.arange(5), null, div, beta, run.args)
     assert sorted(calls) == [(False, 5 * rows), (True, 5 * rows)]
-    import gc
-    from diffusers import UNet2DConditionModel
-    ours = [m for m in gc.get_objects() if isinstance(m, UNet2DConditionModel) and m.conv_in.weight is run.pipe.unet.conv_in.weight]
-    assert len(ours) == 1
+
+
+def test_no_second_unet_in_memory(small_run, tmp_path):
+    """Setting up a run, its rollout and its loss bring exactly one UNet into being: the reference is no copy."""
+    unets = lambda: [o for o in gc.get_objects() if type(o) is UNet2DConditionModel]
+    before = unets()
+    args, _ = train.parse([str(a) for a in small_run] + ["--output_dir", str(tmp_path / "run")])
+    run, judge = train.setup(args)
+    run.pairs = collect_pairs(run.pipe, judge, ["a sun"], torch.Generator().manual_seed(0), 2, 1, 0.0, 4)
+    loss, _ = train.pair_loss(run.pipe, run.pairs, torch.arange(2), encode_prompts(run.pipe, [""]), get_divergence("js"), 10.0, args)
+    loss.backward()
+    assert len(unets()) == len(before) + 1
 
 
 def reference_like_loss(run, index, null, div, beta):
