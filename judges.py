@@ -1,82 +1,505 @@
 """
 Every model that scores an image against a prompt, behind one interface:
 
-    judge = load_judge(name, device)
+    judge = load_judge(name, device)      # weights from the hub, or from a folder: load_judge(name, device, weights=DIR)
     text = judge.encode(prompts)          # a tensor with one row per prompt, so that text[i] is prompt i; asked once
     scores = judge(images, text, t=None)  # images (N, 3, H, W) in [0, 1], text (N, ...), t (N,) timesteps -> (N,)
 
-    name        what it is                                    weights                              scale
-    taste       the toy's: warm light in the sky (toy.py)     none: a formula                      about -5 .. 10
-    pickscore   CLIP ViT-H-14 tuned on Pick-a-Pic (MIT code)  yuvalkirstain/PickScore_v1, 3.9 GB   ~100 * cosine, SD1.5 20.9
+    name         what it is                              hub id, file                                      size     licence     scale           SD1.5 in the paper
+    taste        the toy's: warm light in the sky        none: a formula (toy.py)                          0        MIT         about -5 .. 10  -
+    clipscore    CLIP ViT-H-14, as published             laion/CLIP-ViT-H-14-laion2B-s32B-b79K             3.9 GB   MIT         cosine          0.352
+    vqascore     FLAN-T5-xxl shown the image: "Yes"?     zhiqiulin/clip-flant5-xxl                         22.9 GB  Apache-2.0  probability     0.601
+    aesthetic    a linear head on CLIP ViT-L/14          openai/clip-vit-large-patch14 + LAION's file      1.7 GB   MIT, Apache about 1 .. 10   -
+    imagereward  BLIP, tuned on rankings                 THUDM/ImageReward, ImageReward.pt                 1.8 GB   Apache-2.0  mean 0, std 1   -
+    pickscore    CLIP ViT-H-14 tuned on Pick-a-Pic       yuvalkirstain/PickScore_v1                        3.9 GB   MIT (code)  ~100 * cosine   20.908
+    hps          CLIP ViT-H-14 tuned on HPD v2 (v2.0)    xswu/HPSv2, HPS_v2_compressed.pt                  2.0 GB   Apache-2.0  100 * cosine    26.933
+
+("-": the value is not at hand.) Which checkpoint, which scale and which resize make a published number: README, "The
+fourteen metrics". A folder of weights (--weights DIR) has one subfolder per hub id, named by its last part, as
+`hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir DIR/HPSv2` makes it; single files may lie in DIR itself.
 
 Your own judge is a class with these two methods and a line in JUDGES. Scores that are logits suit `--threshold`:
 a pair is trained on if softmax([best, worst]) differs by more than it. A judge may offer report(images, prompts) ->
-{name: (N,)}, further figures for the table at the end of a run.
+{name: (N,)}, further figures for the tables.
 """
+import functools
+import json
+import math
+import os
+import re
+
+import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from sample import UserError, hub_out_of_reach
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+AESTHETIC_HEAD = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+                  "sac%2Blogos%2Bava1-l14-linearMSE.pth")
 
 
-class PickScore:
-    """exp(logit_scale) * cosine of CLIP ViT-H-14 embeddings (Kirstain et al. 2023); fp16 on CUDA, else fp32.
+class WeightsMissing(UserError):
+    """A judge's weights cannot be had here: not in the folder, or not downloaded and the hub is out of reach."""
 
-    Preprocessing in torch: antialiased bicubic to 224 on the short side, centre crop, CLIP's mean and std. The text is
-    padded to 77 tokens and pooled at its end token. Any CLIPModel folder in transformers' format can take its place.
+
+# ---------------------------------------------------------------------------------------------------------------
+# Preprocessing, in torch. Half of a score's convention is how the image was shrunk.
+
+@functools.lru_cache(maxsize=8)
+def _pil_bicubic(n, m):
+    """(m, n) integers / 2^22: Pillow's antialiased bicubic from n to m samples, in its own fixed point arithmetic."""
+    scale = n / m
+    support = 2 * max(scale, 1)
+    centre = (np.arange(m)[:, None] + .5) * scale
+    x = np.arange(n)[None]
+    inside = (x >= np.floor(np.maximum(centre - support + .5, 0))) & (x < np.floor(centre + support + .5))
+    d = np.abs((x - centre + .5) / max(scale, 1))
+    w = np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, np.where(d < 2, ((d - 5) * d + 8) * d * -.5 + 2, 0)) * inside
+    w = w / np.cumsum(w, 1)[:, -1:]                               # summed in order, as the loop in C does
+    return torch.from_numpy(np.trunc(w * 2 ** 22 + np.copysign(.5, w)))
+
+
+def pil_resize(pixels, height, width):
+    """(N, 3, H, W) of 0..255 -> (N, 3, height, width): what PIL.Image.resize(BICUBIC) gives, to the last bit.
+
+    Rows first, then columns, each rounded to 8 bits; sums below 2^53 are exact in fp64, on every device.
     """
-    name = "pickscore"
-
-    def __init__(self, device="cpu", where="yuvalkirstain/PickScore_v1",
-                 tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-        from transformers import CLIPModel, CLIPTokenizer
-        dtype = torch.float16 if str(device).startswith("cuda") else torch.float32
-        local = hub_out_of_reach()
-        try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=local)
-            self.clip = CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True, local_files_only=local)
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot load the judge {where!r}: is the hub in reach? An earlier download needs no network, "
-                            f"and --judge taste no weights ({str(e).strip().splitlines()[0][:160]})") from e
-        self.clip.requires_grad_(False).eval().to(device)
-        self.size = self.clip.config.vision_config.image_size
-
-    @torch.no_grad()
-    def encode(self, prompts):
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                             max_length=self.clip.config.text_config.max_position_embeddings).input_ids
-        return F.normalize(self.clip.get_text_features(ids.to(self.clip.device)).pooler_output.float(), dim=-1)
-
-    @torch.no_grad()
-    def __call__(self, images, text, t=None):
-        pixels = preprocess(images.to(self.clip.device), self.size).to(self.clip.dtype)
-        image = F.normalize(self.clip.get_image_features(pixels).pooler_output.float(), dim=-1)
-        return self.clip.logit_scale.float().exp() * (image * text).sum(-1)
+    x = pixels.double()
+    for n, m, turn in ((x.shape[3], width, False), (x.shape[2], height, True)):
+        if n != m:
+            x = x.mT if turn else x
+            x = ((x @ _pil_bicubic(n, m).to(x.device).T + 2 ** 21) / 2 ** 22).floor().clamp(0, 255)
+            x = x.mT if turn else x
+    return x
 
 
-def preprocess(images, size):
-    """(N, 3, H, W) in [0, 1] -> (N, 3, size, size), normalised as CLIP expects."""
+def preprocess(images, size, how="pil", crop="round"):
+    """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): short side to `size`, centre crop, CLIP's mean and std.
+
+    how: "pil" shrinks 8-bit pixels as Pillow does (open_clip, OpenAI's CLIP, transformers); "tensor" shrinks floats, with
+    antialias and without a clamp (torchvision on a tensor: HPSv2's and Diffusion-DPO's convention). The two differ by
+    0.3 grey levels in the mean. crop: of an odd margin; "round" is torchvision's, "floor" is transformers'.
+    """
     H, W = images.shape[-2:]
     short = min(H, W)
-    new = (int(H * size / short), int(W * size / short))
-    x = F.interpolate(images.float(), size=new, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    h, w = (size if n == short else int(size * n / short) for n in (H, W))
+    if how == "pil":
+        x = pil_resize((images.float() * 255).round(), h, w).float() / 255
+    else:
+        x = F.interpolate(images.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (int(round((n - size) / 2)) if crop == "round" else (n - size) // 2 for n in (h, w))
     stat = lambda v: torch.tensor(v, device=x.device).view(3, 1, 1)
     return (x[..., top:top + size, left:left + size] - stat(CLIP_MEAN)) / stat(CLIP_STD)
 
 
-def taste(device):
+# ---------------------------------------------------------------------------------------------------------------
+# Weights: where they are, and loading them strictly
+
+def find(repo, file=None, weights=None):
+    """Path of a hub file, or of a whole model (file None: a folder, or the hub id itself). Raises WeightsMissing.
+
+    weights: a folder; then only it is looked into: DIR/<last part of repo>[/file], or DIR/file.
+    """
+    name = repo.split("/")[-1]
+    hint = f"hf download {repo} {file or ''}".strip()
+    if weights:
+        at = [os.path.join(weights, name, file or ""), *([os.path.join(weights, file)] if file else [])]
+        there = next((p for p in at if os.path.exists(p)), None)
+        if there is None:
+            raise WeightsMissing(f"{at[0].rstrip('/')} is not there: {hint} --local-dir {os.path.join(weights, name)}")
+        return there
+    local = hub_out_of_reach()
+    from huggingface_hub import hf_hub_download, snapshot_download
+    try:
+        if file:
+            return hf_hub_download(repo, file, local_files_only=local)
+        for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
+            where = snapshot_download(repo, local_files_only=local, allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
+            if weight_files(where):
+                return where
+        raise FileNotFoundError("no weights in it")
+    except Exception as e:  # no network, no such file, no permission: a dozen types, one meaning
+        why = "not downloaded, and the hub is out of reach" if local else str(e).strip().splitlines()[0][:160]
+        raise WeightsMissing(f"weights {repo}{' ' + file if file else ''}: {why}: {hint}") from e
+
+
+def find_url(url, weights=None):
+    """Path of a file from a plain address, kept where torch.hub keeps its downloads. Raises WeightsMissing."""
+    from urllib.parse import unquote
+    name = unquote(url.split("/")[-1])
+    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
+    if not os.path.exists(path):
+        if weights:
+            raise WeightsMissing(f"{path} is not there: curl -L -o '{path}' '{url}'")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+        except OSError as e:
+            raise WeightsMissing(f"cannot download {name} ({e}): curl -L -o '{path}' '{url}'") from e
+    return path
+
+
+def read_state(path):
+    """{name: tensor} of a .safetensors or a torch file; of the latter nothing but tensors is ever unpickled."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        first = str(e).strip().splitlines()[0][:120] if str(e).strip() else ""
+        raise UserError(f"{path} cannot be read as pure weights ({type(e).__name__}: {first}): damaged, or a pickle that "
+                        "runs code; download it again") from e
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path} is not a checkpoint: it should hold one tensor per name")
+    return state
+
+
+def weight_files(folder):
+    """The shards of a model's folder, as safetensors if there are any."""
+    found = sorted(f for f in os.listdir(folder) if re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)", f))
+    return [os.path.join(folder, f) for f in [f for f in found if f.endswith(".safetensors")] or found]
+
+
+def read_folder(folder):
+    """{name: tensor} of all shards in a model's folder."""
+    files = weight_files(folder)
+    if not files:
+        raise WeightsMissing(f"no weights (model*.safetensors or pytorch_model*.bin) in {folder}: download it again")
+    return {k: v for f in files for k, v in read_state(f).items()}
+
+
+def build(make, state, path, device, dtype=torch.float32):
+    """make() with `state` as its weights, frozen, in eval mode. Strict: raises UserError naming a missing, surplus or
+    wrongly shaped key. Nothing is initialised only to be overwritten."""
+    with torch.device("meta"):
+        module = make()
+    mine = module.state_dict()
+    for what, keys in (("lacks", mine.keys() - state.keys()), ("has surplus", state.keys() - mine.keys()),
+                       ("has wrongly shaped", {k for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape})):
+        if keys:
+            k = min(keys)
+            shapes = f" {tuple(state[k].shape)}, not {tuple(mine[k].shape)}" if what == "has wrongly shaped" else ""
+            raise UserError(f"{path} {what} {len(keys)} of the model's keys, such as {k}{shapes}: is it the right file?")
+    module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    for m in module.modules():  # buffers that no checkpoint holds: 0, 1, 2, ..., of the position embeddings
+        for k, b in m.named_buffers(recurse=False):
+            if b.is_meta and k == "position_ids":
+                setattr(m, k, torch.arange(b.shape[-1]).expand(b.shape))
+    return module.requires_grad_(False).eval().to(device)
+
+
+def read_config(folder):
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} has no readable config.json: download it again") from e
+
+
+def load_tokenizer(cls, repo, weights=None):
+    where = find(repo, None, weights) if weights else repo
+    try:
+        return cls.from_pretrained(where, local_files_only=bool(weights) or hub_out_of_reach())
+    except Exception as e:
+        raise WeightsMissing(f"no tokenizer at {where}: hf download {repo} --exclude '*.bin' '*.safetensors'"
+                             + (f" --local-dir {where}" if weights else "")) from e
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The CLIP family
+
+def vit_h():
+    """CLIPConfig of CLIP ViT-H-14. hidden_act gelu: the default, quick_gelu, gives plausible but wrong cosines."""
+    from transformers import CLIPConfig
+    both = dict(hidden_act="gelu", num_attention_heads=16)
+    return CLIPConfig(projection_dim=1024, text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **both),
+                      vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **both))
+
+
+def from_open_clip(state):
+    """open_clip's names and layouts -> transformers' CLIPModel's: in_proj split into q, k, v; projections transposed."""
+    out, embed = {}, "embeddings."
+    plain = {"token_embedding.weight": f"text_model.{embed}token_embedding.weight",
+             "positional_embedding": f"text_model.{embed}position_embedding.weight", "logit_scale": "logit_scale",
+             "visual.class_embedding": f"vision_model.{embed}class_embedding",
+             "visual.positional_embedding": f"vision_model.{embed}position_embedding.weight",
+             "visual.conv1.weight": f"vision_model.{embed}patch_embedding.weight"}
+    turned = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+    norms = {"ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",  # sic
+             "visual.ln_post": "vision_model.post_layernorm"}
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}
+    for k, v in state.items():
+        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", k)
+        stem, _, kind = k.rpartition(".")
+        if k in plain:
+            out[plain[k]] = v
+        elif k in turned:
+            out[turned[k]] = v.T.contiguous()
+        elif stem in norms:
+            out[f"{norms[stem]}.{kind}"] = v
+        elif block and (block[3] in inner or block[3] == "attn.in_proj"):
+            layer = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
+            if block[3] in inner:
+                out[f"{layer}{inner[block[3]]}.{block[4]}"] = v
+            else:
+                for name, part in zip("qkv", v.chunk(3)):
+                    out[f"{layer}self_attn.{name}_proj.{block[4]}"] = part
+        elif k != "attn_mask":
+            out[k] = v  # not open_clip's: build() will name it
+    return out
+
+
+class CLIP:
+    """Cosines of CLIP's image and text embeddings, in the four ways that are published under four names.
+
+    clipscore, pickscore: a folder in transformers' format; hps: open_clip's names; aesthetic: no text, a head on the
+    image embedding. Half precision on CUDA where the reference runs so (hps, aesthetic), fp32 elsewhere.
+    """
+    #            weights                              tokenizer  resize    odd crop  times                 fp16 on CUDA
+    WAYS = {
+        "clipscore": (CLIP_H, CLIP_H, "tensor", "round", 1, False),
+        "pickscore": ("yuvalkirstain/PickScore_v1", CLIP_H, "pil", "floor", None, False),  # None: exp(logit_scale)
+        "hps": ("xswu/HPSv2", CLIP_H, "tensor", "round", 100, True),
+        "aesthetic": ("openai/clip-vit-large-patch14", None, "pil", "round", None, True)}
+    HPS_FILE = "HPS_v2_compressed.pt"  # v2.0; HPS_v2.1_compressed.pt scores SD1.5 about 1.6 lower
+
+    def __init__(self, name, device="cpu", weights=None, config=vit_h):
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+        repo, tokenizer, self.how, self.crop, self.times, half = self.WAYS[name]
+        self.name, self.tokenizer = name, load_tokenizer(CLIPTokenizer, tokenizer, weights) if tokenizer else None
+        dtype = torch.float16 if half and str(device).startswith("cuda") else torch.float32
+        if name == "hps":
+            self.where = find(repo, self.HPS_FILE, weights)
+            config, state = config(), from_open_clip(read_state(self.where))
+        else:
+            self.where = find(repo, None, weights)
+            config, state = CLIPConfig(**read_config(self.where)), read_folder(self.where)
+        state = {k: v for k, v in state.items() if not k.endswith("position_ids")}  # old files hold 0, 1, 2, ... as well
+        self.clip = build(lambda: CLIPModel(config), state, self.where, device, dtype)
+        self.size = config.vision_config.image_size
+        if name == "aesthetic":
+            path = find_url(AESTHETIC_HEAD, weights)
+            head = {k.removeprefix("layers."): v for k, v in read_state(path).items()}
+            self.head = build(lambda: linear_head(config.projection_dim), head, path, device)
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """(P, D) unit vectors; 77 tokens at most, the end token kept. (P, 0) for aesthetic, which reads no prompt."""
+        if self.tokenizer is None:
+            return torch.zeros(len(prompts), 0, device=self.clip.device)
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                             max_length=self.clip.config.text_config.max_position_embeddings).input_ids
+        return torch.cat([self.encode_ids(x) for x in ids.split(64)])
+
+    @torch.no_grad()
+    def encode_ids(self, ids):
+        return F.normalize(self.clip.get_text_features(ids.to(self.clip.device)).pooler_output.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed(self, images):
+        """(N, 3, H, W) in [0, 1] -> (N, D) unit vectors; their products are the image-image CLIPScore."""
+        return self.embed_pixels(preprocess(images.to(self.clip.device), self.size, self.how, self.crop))
+
+    @torch.no_grad()
+    def embed_pixels(self, pixels):
+        return F.normalize(self.clip.get_image_features(pixels.to(self.clip.dtype)).pooler_output.float(), dim=-1)
+
+    @torch.no_grad()
+    def __call__(self, images, text, t=None):
+        image = self.embed(images)
+        if self.name == "aesthetic":  # without the normalisation the same file gives other, plausible numbers
+            return self.head(image)[:, 0]
+        times = self.clip.logit_scale.float().exp() if self.times is None else self.times
+        return times * (image * text.to(image.device)).sum(-1)
+
+
+def linear_head(width):
+    """The score head of both LAION's aesthetic predictor and ImageReward: five linear layers with nothing in between.
+    Dropouts hold the places 1, 3 and 5, so that the layers have their checkpoints' numbers."""
+    sizes = [width, 1024, 128, 64, 16, 1]
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    return nn.Sequential(layers[0], nn.Dropout(.2), layers[1], nn.Dropout(.2), layers[2], nn.Dropout(.1), layers[3], layers[4])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ImageReward (Xu et al. 2023)
+
+class ImageReward:
+    """BLIP's text encoder reads the prompt while it looks at the image; a linear head on its [CLS] token is the reward,
+    standardised over the authors' data (mean 0, std 1)."""
+    name = "imagereward"
+    MEAN, STD = .16717362830052426, 1.0333394966054072
+    SIZES = dict(  # transformers' defaults differ from these in places, without a word
+        vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+                    patch_size=16, hidden_act="gelu", layer_norm_eps=1e-6),
+        text=dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+                  num_attention_heads=12, layer_norm_eps=1e-12, max_position_embeddings=512, hidden_act="gelu"))
+
+    def __init__(self, device="cpu", weights=None, sizes=None):
+        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        sizes = sizes or self.SIZES
+        self.tokenizer = load_tokenizer(BertTokenizer, "google-bert/bert-base-uncased", weights)
+        self.where, self.device = find("THUDM/ImageReward", "ImageReward.pt", weights), device
+        vision, text, head = self.split(read_state(self.where))
+        # is_decoder makes the cross-attention layers; forward leaves its own is_decoder False, so attention is bidirectional
+        self.text = build(lambda: BlipTextModel(BlipTextConfig(**sizes["text"], is_decoder=True), add_pooling_layer=False),
+                          text, self.where, device)
+        self.vision = build(lambda: BlipVisionModel(BlipVisionConfig(**sizes["vision"])), vision, self.where, device)
+        self.head = build(lambda: linear_head(sizes["text"]["hidden_size"]), head, self.where, device)
+
+    @staticmethod
+    def split(state):
+        """The checkpoint's keys -> those of BlipVisionModel, BlipTextModel and the head. BLIP's projections, made for
+        its contrastive loss, and the table of positions 0, 1, 2, ... are not used."""
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        used = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.", "blip.vision_proj.", "blip.text_proj.")
+        surplus = {k: v for k, v in state.items() if not k.startswith(used)}
+        vision = {}
+        for k, v in part(used[0]).items():
+            for old, new in (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
+                             ("patch_embed.proj.", "embeddings.patch_embedding."), ("attn.qkv.", "self_attn.qkv."),
+                             ("attn.proj.", "self_attn.projection."), ("blocks.", "encoder.layers."),
+                             ("norm1.", "layer_norm1."), ("norm2.", "layer_norm2.")):
+                k = k.replace(old, new)
+            vision[re.sub(r"^norm\.", "post_layernorm.", k)] = v
+        text = {k: v for k, v in part(used[1]).items() if k != "embeddings.position_ids"}
+        return vision, text, part(used[2]) | surplus
+
+    def encode(self, prompts):
+        """(P, 2, 35): BERT's token ids and their mask; the text cannot be encoded before the image is seen."""
+        x = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        return torch.stack([x.input_ids, x.attention_mask], 1)
+
+    def __call__(self, images, text, t=None):
+        return self.reward(preprocess(images.to(self.device), self.vision.config.image_size), text.to(self.device))
+
+    @torch.no_grad()
+    def reward(self, pixels, text):
+        seen = self.vision(pixels).last_hidden_state                                   # (N, 197, 1024)
+        state = self.text(input_ids=text[:, 0], attention_mask=text[:, 1], encoder_hidden_states=seen,
+                          encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device)).last_hidden_state
+        return (self.head(state[:, 0])[:, 0] - self.MEAN) / self.STD
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VQAScore (Lin et al. 2024)
+
+class VQAScore:
+    """'Does this figure show "{prompt}"? Please answer yes or no.' Image patches, through a projector, stand among the
+    words that a FLAN-T5 reads; the score is sqrt(P("Yes") P(end | "Yes")), the reference's exp(-mean cross entropy).
+
+    bf16 on CUDA, as the reference (scatter 1e-2), else fp32. clip-flant5-xl, a quarter of the size: --judges vqascore
+    with a --weights folder in which clip-flant5-xxl is that model.
+    """
+    name = "vqascore"
+    BEFORE = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+              "detailed, and polite answers to the user's questions. USER: ")
+    AFTER = '\nDoes this figure show "{}"? Please answer yes or no. ASSISTANT: '
+    VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+                  patch_size=14, projection_dim=768, hidden_act="quick_gelu")
+
+    def __init__(self, device="cpu", weights=None, vision=None):
+        from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+        self.device, self.dtype = device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+        self.tokenizer = load_tokenizer(AutoTokenizer, "google/flan-t5-xl", weights)
+        self.yes = self.tokenizer("Yes").input_ids
+        if len(self.yes) != 2 or self.yes[1] != self.tokenizer.eos_token_id:
+            raise UserError(f'the tokenizer of google/flan-t5-xl reads "Yes" as {self.yes}, not as one token and the end: '
+                            "download it again")
+        self.words = len(self.tokenizer)     # 32100 of the 32128 logits have a word; the reference cuts the rest off
+        self.where = find("zhiqiulin/clip-flant5-xxl", None, weights)
+        config = read_config(self.where)
+        sizes = {k: config[k] for k in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
+                                        "relative_attention_num_buckets", "relative_attention_max_distance") if k in config}
+        # tie_word_embeddings must be said although T5Config ties anyway: here it means "do not scale the decoder's output"
+        t5_config = T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+        t5, eye, projector = self.split(read_folder(self.where))
+        with torch.device("meta"):
+            tied = T5ForConditionalGeneration(t5_config)
+        # lm_head is a matrix of its own: while it is the same Parameter as shared, the last one loaded wins in silence
+        tied.lm_head.weight = nn.Parameter(torch.empty_like(tied.lm_head.weight))
+        self.t5 = build(lambda: tied, t5, self.where, device, self.dtype)
+        self.t5.encoder.embed_tokens = self.t5.decoder.embed_tokens = self.t5.shared  # one matrix in memory, not three
+        self.eye = build(lambda: CLIPVisionModel(CLIPVisionConfig(**(vision or self.VISION))), eye, self.where, device, self.dtype)
+        width, d = self.eye.config.hidden_size, t5_config.d_model
+        self.projector = build(lambda: nn.Sequential(nn.Linear(width, d), nn.GELU(), nn.Linear(d, d)), projector, self.where,
+                               device, self.dtype)
+
+    @staticmethod
+    def split(state):
+        """The checkpoint's keys -> those of T5ForConditionalGeneration, CLIPVisionModel (5.x: no prefix), the projector."""
+        t5, eye, projector = {}, {}, {}
+        for k, v in state.items():
+            if "vision_tower." in k:
+                k = re.sub(r"^.*vision_tower\.(vision_model\.)?", "", k)
+                eye |= {} if k.endswith("position_ids") else {k: v}
+            elif "mm_projector." in k:
+                projector[re.sub(r"^.*mm_projector\.", "", k)] = v
+            elif not k.endswith("embed_tokens.weight"):  # copies of shared.weight
+                t5[k] = v
+        if "shared.weight" in t5:
+            t5 |= {f"{part}.embed_tokens.weight": t5["shared.weight"] for part in ("encoder", "decoder")}
+        return t5, eye, projector
+
+    def encode(self, prompts):
+        """(P, L) token ids of what follows the image, with its end token; -1 fills up."""
+        rows = [torch.tensor(self.tokenizer(self.AFTER.format(p), truncation=True, max_length=2048).input_ids) for p in prompts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+    def __call__(self, images, text, t=None):
+        images = images.to(self.device)
+        H, W = images.shape[-2:]
+        if H != W:  # padded to a square in CLIP's mean colour, cut to whole grey levels
+            side, fill = max(H, W), torch.tensor([int(255 * m) / 255 for m in CLIP_MEAN], device=images.device)
+            square = fill.view(1, 3, 1, 1).repeat(len(images), 1, side, side)
+            top, left = (side - H) // 2, (side - W) // 2
+            square[..., top:top + H, left:left + W] = images
+            images = square
+        before = torch.tensor(self.tokenizer(self.BEFORE).input_ids)
+        return self.probability(preprocess(images, self.eye.config.image_size, crop="floor"), before, text)
+
+    @torch.no_grad()
+    def probability(self, pixels, before, after):
+        """pixels (N, 3, S, S); before (A,), after (N, L) token ids around the image, each chunk with its own end token."""
+        patches = self.eye(pixels.to(self.dtype), output_hidden_states=True).hidden_states[-2][:, 1:]  # (N, 576, 1024)
+        word = lambda ids: self.t5.shared(ids.to(self.device))
+        after = after.to(self.device)
+        words = word(after.clamp(min=0)) * (after >= 0)[..., None]
+        x = torch.cat([word(before)[None].expand(len(pixels), -1, -1), self.projector(patches), words], 1)
+        mask = F.pad((after >= 0).long(), (x.shape[1] - after.shape[1], 0), value=1)
+        said = torch.tensor([[self.t5.config.decoder_start_token_id, self.yes[0]]], device=self.device).expand(len(pixels), -1)
+        logits = self.t5(inputs_embeds=x, attention_mask=mask, decoder_input_ids=said).logits[..., :self.words].float()
+        wanted = torch.tensor(self.yes, device=self.device).view(1, 2, 1).expand(len(pixels), -1, -1)
+        return logits.log_softmax(-1).gather(-1, wanted).mean((1, 2)).exp()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def taste(device, weights=None):
     from toy import Taste
     return Taste()
 
 
-JUDGES = {"taste": taste, "pickscore": PickScore}
+JUDGES = {"taste": taste, **{name: functools.partial(CLIP, name) for name in ("clipscore", "pickscore", "hps", "aesthetic")},
+          "imagereward": ImageReward, "vqascore": VQAScore}
 
 
-def load_judge(name, device="cpu"):
-    """The judge called `name`, its weights on `device`. Raises UserError for an unknown name or weights out of reach."""
+def load_judge(name, device="cpu", weights=None):
+    """The judge called `name`, on `device`. weights: a folder to take them from in place of the hub.
+
+    Raises UserError for an unknown name or a wrong checkpoint, WeightsMissing if its weights cannot be had.
+    """
     if name not in JUDGES:
         raise UserError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
-    return JUDGES[name](device)
+    if weights and not os.path.isdir(weights):
+        raise UserError(f"no weights folder {weights!r}: make it, with one subfolder per hub id, or leave --weights out")
+    return JUDGES[name](device, weights)
