@@ -98,13 +98,13 @@ def preprocess(images, size, how="pil", crop="round"):
 # ---------------------------------------------------------------------------------------------------------------
 # Weights: where they are, and loading them strictly
 
-def find(repo, file=None, weights=None):
+def find(repo, file=None, weights=None, repo_type="model"):
     """Path of a hub file, or of a whole model (file None: a folder, or the hub id itself). Raises WeightsMissing.
 
     weights: a folder; then only it is looked into: DIR/<last part of repo>[/file], or DIR/file.
     """
     name = repo.split("/")[-1]
-    hint = f"hf download {repo} {file or ''}".strip()
+    hint = f"hf download {repo} {file or ''}".strip() + (" --repo-type dataset" if repo_type == "dataset" else "")
     if weights:
         at = [os.path.join(weights, name, file or ""), *([os.path.join(weights, file)] if file else [])]
         there = next((p for p in at if os.path.exists(p)), None)
@@ -115,7 +115,7 @@ def find(repo, file=None, weights=None):
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
         if file:
-            return hf_hub_download(repo, file, local_files_only=local)
+            return hf_hub_download(repo, file, repo_type=repo_type, local_files_only=local)
         for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
             where = snapshot_download(repo, local_files_only=local, allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
             if weight_files(where):

@@ -37,7 +37,7 @@ import torch
 
 import toy
 from divergences import NAMES, get_divergence
-from evaluate import before_after, paint, per_prompt
+from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
 from judges import JUDGES, load_judge
 from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
 from sample import (TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
@@ -179,13 +179,10 @@ def split_prompts(args):
     if args.resume and getattr(args, "prompts_sha256", digest) != digest:
         raise UserError("the prompts were edited since this run began: put them back, or start another run with another --output_dir")
     args.prompts_sha256 = digest
-    prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be both trained on and held out
-    n = min(args.num_eval_prompts, len(prompts) // 2)
-    if n == 0:
+    if len(set(prompts)) < 2:
         print("one prompt: none is held out, the table at the end is about the training prompts")
-        return prompts, prompts
-    held = {round(i * len(prompts) / n) for i in range(n)}
-    return [p for i, p in enumerate(prompts) if i not in held], [prompts[i] for i in sorted(held)]
+        return prompts[:1], prompts[:1]
+    return hold_out(prompts, args.num_eval_prompts)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,8 +247,8 @@ class Run:
         self.pairs = self.order = None
         self.log_path, self.state_path = (os.path.join(self.folder, f) for f in ("metrics.jsonl", "state.pt"))
 
-    def begin(self):
-        config = {"args": vars(self.args), "command": " ".join(sys.argv), "versions": versions(), "git_commit": git_commit(),
+    def begin(self, held_out):
+        config = {"args": vars(self.args), "held_out": held_out, "command": " ".join(sys.argv), "versions": versions(), "git_commit": git_commit(),
                   "device": device_name(self.pipe.unet.device)}
         if self.args.resume and os.path.exists(self.state_path):
             self.load()
@@ -319,16 +316,6 @@ def git_commit():
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def peak_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -497,7 +484,7 @@ def main():
     print(f"divergence: {div.name}, f''(1) = {div.curvature:g}, effective beta {beta:g}, learning rate {args.learning_rate:g}; "
           f"output: {args.output_dir}", flush=True)
     run, judge = setup(args)
-    run.begin()
+    run.begin(held_out)
     def on_signal(number, frame):
         if run.stop:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
@@ -518,6 +505,7 @@ def main():
     print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
     print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir} --model {args.model}')
     other = " ".join(f"--{k} {getattr(args, k)}" for k in ("model", "judge", "prompts") if getattr(args, k))
+    print(f"  python evaluate.py {args.output_dir}      Tables 2 and 3 of the paper, as far as they go without downloads")
     print(f"  python train.py --div {'rkl' if args.div != 'rkl' else 'js'} {other}      the same under another divergence")
 
 
