@@ -272,14 +272,14 @@ class CLIP:
         "aesthetic": ("openai/clip-vit-large-patch14", None, "pil", "round", None, True)}
     HPS_FILE = "HPS_v2_compressed.pt"  # v2.0; HPS_v2.1_compressed.pt scores SD1.5 about 1.6 lower
 
-    def __init__(self, name, device="cpu", weights=None, config=vit_h):
+    def __init__(self, name, device="cpu", weights=None):
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
         repo, tokenizer, self.how, self.crop, self.times, half = self.WAYS[name]
         self.name, self.tokenizer = name, load_tokenizer(CLIPTokenizer, tokenizer, weights) if tokenizer else None
         dtype = torch.float16 if half and str(device).startswith("cuda") else torch.float32
         if name == "hps":
             self.where = find(repo, self.HPS_FILE, weights)
-            config, state = config(), from_open_clip(read_state(self.where))
+            config, state = vit_h(), from_open_clip(read_state(self.where))
         else:
             self.where = find(repo, None, weights)
             config, state = CLIPConfig(**read_config(self.where)), read_folder(self.where)
@@ -344,9 +344,9 @@ class ImageReward:
         text=dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
                   num_attention_heads=12, layer_norm_eps=1e-12, max_position_embeddings=512, hidden_act="gelu"))
 
-    def __init__(self, device="cpu", weights=None, sizes=None):
+    def __init__(self, device="cpu", weights=None):
         from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-        sizes = sizes or self.SIZES
+        sizes = self.SIZES
         self.tokenizer = load_tokenizer(BertTokenizer, "google-bert/bert-base-uncased", weights)
         self.where, self.device = find("THUDM/ImageReward", "ImageReward.pt", weights), device
         vision, text, head = self.split(read_state(self.where))
@@ -407,7 +407,7 @@ class VQAScore:
     VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
                   patch_size=14, projection_dim=768, hidden_act="quick_gelu")
 
-    def __init__(self, device="cpu", weights=None, vision=None):
+    def __init__(self, device="cpu", weights=None):
         from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
         self.device, self.dtype = device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         self.tokenizer = load_tokenizer(AutoTokenizer, "google/flan-t5-xl", weights)
@@ -429,7 +429,7 @@ class VQAScore:
         tied.lm_head.weight = nn.Parameter(torch.empty_like(tied.lm_head.weight))
         self.t5 = build(lambda: tied, t5, self.where, device, self.dtype)
         self.t5.encoder.embed_tokens = self.t5.decoder.embed_tokens = self.t5.shared  # one matrix in memory, not three
-        self.eye = build(lambda: CLIPVisionModel(CLIPVisionConfig(**(vision or self.VISION))), eye, self.where, device, self.dtype)
+        self.eye = build(lambda: CLIPVisionModel(CLIPVisionConfig(**self.VISION)), eye, self.where, device, self.dtype)
         width, d = self.eye.config.hidden_size, t5_config.d_model
         self.projector = build(lambda: nn.Sequential(nn.Linear(width, d), nn.GELU(), nn.Linear(d, d)), projector, self.where,
                                device, self.dtype)

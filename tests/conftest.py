@@ -55,3 +55,23 @@ def small_run(micro, prompts_file):
             "--num_children", 2, "--first_step", 1, "--threshold", 0, "--num_inference_steps", 4, "--train_batch_size", 2,
             "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--rank", 2, "--num_eval_prompts", 2,
             "--images_per_prompt", 2, "--device", "cpu", "--checkpointing_steps", 2]
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory):
+    import weights
+    return weights.weights_folder(str(tmp_path_factory.mktemp("weights")))
+
+
+@pytest.fixture
+def tiny_judges(monkeypatch, weights_dir):
+    """The weights folder, with the three architectures that no config.json states shrunk to fit it."""
+    from transformers import CLIPConfig
+
+    import judges
+    import weights
+    config = CLIPConfig.from_pretrained(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    monkeypatch.setattr(judges, "vit_h", lambda: config)
+    monkeypatch.setattr(judges.ImageReward, "SIZES", weights.BLIP)
+    monkeypatch.setattr(judges.VQAScore, "VISION", weights.EYE)
+    return weights_dir
