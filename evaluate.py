@@ -46,7 +46,7 @@ from sample import (LORA_FILE, SD15, TOY, Parser, UserError, generate, load_lora
 # package image-similarity-measures 0.3.6, whose numbers the paper prints, oddities included.
 
 def tensor(image):
-    return image if torch.is_tensor(image) else torch.tensor(np.asarray(image))
+    return image if torch.is_tensor(image) else torch.from_numpy(np.array(image, order="C"))
 
 
 def planes(image):
@@ -93,7 +93,7 @@ def ssim(a, b, max_p=4095):
     (.73 for two images of one prompt where the textbook's 255 says .2). Raises ValueError below 7 pixels.
     """
     same_size(a, b)
-    if min(a.shape[:2]) < 7:
+    if min(a.shape[:2]) < LEAST["ssim"]:
         raise ValueError(f"SSIM's window is 7x7, the image {tuple(a.shape[:2])}")
     x, y = planes(a), planes(b)
 
@@ -353,6 +353,7 @@ TABLE3 = {"clip_i": ("CLIPScore image-image", -1, 3, (.80, None)), "entropy_1d":
           "rmse": ("RMSE", 1, 4, (.0202, .0043)), "psnr": ("PSNR", -1, 2, (34.04, 1.84)),
           "ssim": ("SSIM", -1, 3, (.734, None)), "fsim": ("FSIM", -1, 3, (.294, None))}
 PER_IMAGE = ("entropy_1d", "entropy_2d")
+LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way
 NEEDS_WEIGHTS = {"clipscore": "3.9 GB", "vqascore": "22.9 GB", "aesthetic": "1.7 GB", "imagereward": "1.8 GB", "pickscore": "3.9 GB",
                  "hps": "2.0 GB", "clip_i": "3.9 GB", "lpips": "0.24 GB"}
 MODEL_JUDGES, MODEL_METRICS = tuple(TABLE2), tuple(TABLE3)
@@ -398,6 +399,8 @@ def read_image(path):
             image.load()
             if image.mode.startswith("I"):
                 return np.repeat((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, 2)
+            if image.mode == "P":
+                image.info.pop("transparency", None)  # not used, and Pillow would warn about it
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UserError(f"{path} is not a whole image ({' '.join(str(e).split())[:100]})") from e
@@ -660,6 +663,10 @@ def look(row, prompts, args, pairwise):
     if pairwise and want < 2:
         raise UserError(f"{pairwise[0]} compares images of one prompt and needs two, {row.images} has one each: add images, or "
                         "say --metrics entropy_1d entropy_2d, or --metrics none")
+    for m in pairwise:
+        small = next((key for key, size in sizes.items() if min(size) < LEAST.get(m, 1)), None)
+        if small:
+            raise UserError(f"{row.files[small]} is {sizes[small]}: {m} needs {LEAST[m]} pixels each way; leave it out with --metrics")
     if pairwise:
         for p, i, j in row.keys("rmse"):
             if sizes[p, i] != sizes[p, j]:
@@ -966,10 +973,10 @@ def main():
         f" --{k} {v}" for k in ("prompts", "weights") if (v := getattr(args, k))) + (
         f" --output_dir {args.output_dir}" if args.output_dir != "out/evaluation" else "")
     reasons = {}
-    for flag, names in (("judges", TABLE2), ("metrics", TABLE3)):
+    for flag, names in (("judges", TABLE2 | TOY_TABLE2), ("metrics", TABLE3)):
         for m in names:
             size = f", {NEEDS_WEIGHTS[m]} of weights" if m in NEEDS_WEIGHTS else ""
-            reasons[m] = f"not asked for{size}: `{again} --{flag} {m}`"
+            reasons[m] = f"not asked for{size}: `{again} --{flag} {m if m != 'prompt following' else 'taste'}`"
     failed = []
     def attempt(name, work):
         try:

@@ -275,7 +275,7 @@ class CLIP:
     def __init__(self, name, device="cpu", weights=None):
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
         repo, tokenizer, self.how, self.crop, self.times, half = self.WAYS[name]
-        self.name, self.tokenizer = name, load_tokenizer(CLIPTokenizer, tokenizer, weights) if tokenizer else None
+        self.name = name
         dtype = torch.float16 if half and str(device).startswith("cuda") else torch.float32
         if name == "hps":
             self.where = find(repo, self.HPS_FILE, weights)
@@ -283,6 +283,7 @@ class CLIP:
         else:
             self.where = find(repo, None, weights)
             config, state = CLIPConfig(**read_config(self.where)), read_folder(self.where)
+        self.tokenizer = load_tokenizer(CLIPTokenizer, tokenizer, weights) if tokenizer else None
         state = {k: v for k, v in state.items() if not k.endswith("position_ids")}  # old files hold 0, 1, 2, ... as well
         self.clip = build(lambda: CLIPModel(config), state, self.where, device, dtype)
         self.size = config.vision_config.image_size
@@ -347,8 +348,8 @@ class ImageReward:
     def __init__(self, device="cpu", weights=None):
         from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
         sizes = self.SIZES
-        self.tokenizer = load_tokenizer(BertTokenizer, "google-bert/bert-base-uncased", weights)
         self.where, self.device = find("THUDM/ImageReward", "ImageReward.pt", weights), device
+        self.tokenizer = load_tokenizer(BertTokenizer, "google-bert/bert-base-uncased", weights)
         vision, text, head = self.split(read_state(self.where))
         # is_decoder makes the cross-attention layers; forward leaves its own is_decoder False, so attention is bidirectional
         self.text = build(lambda: BlipTextModel(BlipTextConfig(**sizes["text"], is_decoder=True), add_pooling_layer=False),
@@ -410,13 +411,13 @@ class VQAScore:
     def __init__(self, device="cpu", weights=None):
         from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
         self.device, self.dtype = device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+        self.where = find("zhiqiulin/clip-flant5-xxl", None, weights)
         self.tokenizer = load_tokenizer(AutoTokenizer, "google/flan-t5-xl", weights)
         self.yes = self.tokenizer("Yes").input_ids
         if len(self.yes) != 2 or self.yes[1] != self.tokenizer.eos_token_id:
             raise UserError(f'the tokenizer of google/flan-t5-xl reads "Yes" as {self.yes}, not as one token and the end: '
                             "download it again")
         self.words = len(self.tokenizer)     # 32100 of the 32128 logits have a word; the reference cuts the rest off
-        self.where = find("zhiqiulin/clip-flant5-xxl", None, weights)
         config = read_config(self.where)
         sizes = {k: config[k] for k in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
                                         "relative_attention_num_buckets", "relative_attention_max_distance") if k in config}
