@@ -131,14 +131,17 @@ def phase_congruency(x):
     """(C, H, W) fp64 -> (C, H, W): Kovesi's phase congruency, summed over 6 orientations (phasepack 1.5's defaults, sigma
     .5978). NaN where an image has no contrast at all."""
     n = x[0].numel()
-    spectrum, total = torch.fft.fft2(x), 0
+    spectrum, total = torch.view_as_real(torch.fft.fft2(x))[:, None], 0
     for filters in _log_gabor(*x.shape[1:], x.device):                   # (4, H, W)
-        response = torch.fft.ifft2(spectrum[:, None] * filters)          # (C, 4, H, W) complex: even and odd
-        even, odd, amplitude = response.real, response.imag, response.abs()
+        response = torch.fft.ifft2(torch.view_as_complex(spectrum * filters[..., None]))      # (C, 4, H, W)
+        even, odd = (v.contiguous() for v in (response.real, response.imag))
+        amplitude = (even.square() + odd.square()).sqrt_()
         sum_even, sum_odd, sum_amplitude = even.sum(1), odd.sum(1), amplitude.sum(1)
-        length = (sum_even ** 2 + sum_odd ** 2).sqrt() + 1e-4
-        mean_even, mean_odd = (sum_even / length)[:, None], (sum_odd / length)[:, None]
-        energy = (even * mean_even + odd * mean_odd - (even * mean_odd - odd * mean_even).abs()).sum(1)
+        squared = sum_even ** 2 + sum_odd ** 2
+        length = squared.sqrt() + 1e-4
+        # along the mean direction, less what is across it
+        across = even.mul_((sum_odd / length)[:, None]).sub_(odd.mul_((sum_even / length)[:, None])).abs_().sum(1)
+        energy = squared / length - across
         # noise: Rayleigh, its scale from the median response of the finest filter
         flat = amplitude[:, 0].flatten(1)
         median = (flat.kthvalue((n + 1) // 2, 1).values + flat.kthvalue(n // 2 + 1, 1).values) / 2
@@ -146,7 +149,7 @@ def phase_congruency(x):
         noise = (scale * math.sqrt(math.pi / 2) + 2 * scale * math.sqrt((4 - math.pi) / 2)).clamp(min=1e-4)
         width = (sum_amplitude / (amplitude.amax(1) + 1e-4) - 1) / 3     # of the band that answers, 0 to 1
         weight = 1 / (1 + torch.exp(10 * (.5 - width)))
-        total = total + weight * (energy - noise[:, None, None]).clamp(min=0) / sum_amplitude
+        total = total + weight * (energy - noise[:, None, None]).clamp_(min=0) / sum_amplitude
     return total
 
 

@@ -43,7 +43,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def evaluate_(command, tmp_path):
-    return lambda target, *argv: command("evaluate.py", target, "--output_dir", tmp_path / "out", *SMALL, *argv)
+    def call(*argv):
+        n = next((i for i, a in enumerate(argv) if str(a).startswith("--")), len(argv))
+        return command("evaluate.py", *argv[:n], "--output_dir", tmp_path / "out", *SMALL, *argv[n:])
+    return call
 
 
 def table(path):
