@@ -24,7 +24,6 @@ a pair is trained on if softmax([best, worst]) differs by more than it. A judge 
 """
 import functools
 import json
-import math
 import os
 import re
 

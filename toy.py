@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import shutil
-import sys
 
 import numpy as np
 import torch

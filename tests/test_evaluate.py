@@ -61,7 +61,11 @@ def run(micro, prompts_file, tmp_path_factory):
     flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--max_train_steps", 1, "--sample_batch_size", 3, "--num_children", 2,
              "--first_step", 1, "--threshold", 0, "--num_inference_steps", 4, "--train_batch_size", 2, "--num_eval_prompts", 2,
              "--images_per_prompt", 2, "--device", "cpu", "--learning_rate", .01, "--output_dir", out]
-    subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)], check=True, capture_output=True)
+    argv, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
     return str(out)
 
 
