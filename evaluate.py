@@ -476,7 +476,8 @@ def save_scores(row, prompts):
     def table(name, index, scores, more):
         if not scores:
             return
-        columns = [c for c in (*TOY_TABLE2, *TABLE2, *TABLE3) if any(c in v for v in scores.values())]
+        present = {c for v in scores.values() for c in v}
+        columns = sorted(present, key=lambda c: (*TOY_TABLE2, *TABLE2, *TABLE3, c).index(c))
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         out.writerow([*index, *more, "sha1", *columns])
@@ -621,7 +622,7 @@ def make_table(title, columns, rows, results, reasons, paper):
         for m, (_, sign, digits, _) in columns.items():
             r = results[row.label, m]
             if r is None:
-                cells.append("not run " + note(f"{m}: {reasons[m]}"))
+                cells.append("not run " + note(f"{m}: {reasons.get(m, 'not computed for all images')}"))
                 continue
             mean = f"{r['mean']:.{digits}f} ± {r['sd']:.{digits}f}" if r["prompts"] > 1 else f"{r['mean']:.{digits}f}"
             mean = f"**{mean}**" if sign * round(r["mean"], digits) == best[m] else mean
@@ -677,8 +678,8 @@ def draw_tradeoff(path, columns, rows, results):
 
 def report(rows, args, reasons, prompts):
     """table2.md, table3.md, summary.csv, tradeoff.png; prints the tables."""
-    toy_columns = {k: v for k, v in TOY_TABLE2.items() if any(k in s for r in rows for s in r.image_scores.values())}
-    table2 = toy_columns | TABLE2
+    scored = {c for r in rows for s in r.image_scores.values() for c in s} - {*TABLE2, *TABLE3}  # the toy's, and a user's own judge's
+    table2 = {c: TOY_TABLE2.get(c, (c, 1, 3, None)) for c in sorted(scored, key=lambda c: (*TOY_TABLE2, c).index(c))} | TABLE2
     results = {(r.label, m): summarise(r, m) for r in rows for m in (*table2, *TABLE3)}
     n, K = len({p for p, _ in rows[0].files}), max(sum(p == q for q, _ in rows[0].files) for p, _ in list(rows[0].files)[:1])
     about = f"{n} prompts x {K} images; mean ± standard deviation over prompts (standard error)"
@@ -692,7 +693,7 @@ def report(rows, args, reasons, prompts):
     w.writerow(["model", "metric", "mean", "sd", "se", "prompts", "left_out", "not_run"])
     for (label, m), r in results.items():
         w.writerow([label, m, *((repr(float(r[k])) for k in ("mean", "sd", "se")) if r else ("",) * 3),
-                    *((r["prompts"], r["left_out"], "") if r else ("", "", reasons[m]))])
+                    *((r["prompts"], r["left_out"], "") if r else ("", "", reasons.get(m, "not computed for all images")))])
     write_file(os.path.join(args.output_dir, "summary.csv"), out.getvalue().encode())
     drawn = draw_tradeoff(os.path.join(args.output_dir, "tradeoff.png"), table2, rows, results)
     print("\n" + "\n".join(text))
@@ -742,11 +743,10 @@ def main():
     again = "python evaluate.py " + " ".join(args.targets) + "".join(
         f" --{k} {v}" for k in ("prompts", "weights") if (v := getattr(args, k))) + (
         f" --output_dir {args.output_dir}" if args.output_dir != "out/evaluation" else "")
-    reasons = {}
-    for flag, names in (("judges", TABLE2 | TOY_TABLE2), ("metrics", TABLE3)):
-        for m in names:
-            size = f", {NEEDS_WEIGHTS[m]} of weights" if m in NEEDS_WEIGHTS else ""
-            reasons[m] = f"not asked for{size}: `{again} --{flag} {m if m != 'prompt following' else 'taste'}`"
+    def left_out(m):
+        size = f", {NEEDS_WEIGHTS[m]} of weights" if m in NEEDS_WEIGHTS else ""
+        return f"not asked for{size}: `{again} --{'metrics' if m in TABLE3 else 'judges'} {'taste' if m in TOY_TABLE2 else m}`"
+    reasons = {m: left_out(m) for m in (*JUDGES, *TOY_TABLE2, *TABLE3)}
     failed = []
     def attempt(name, work):
         try:

@@ -123,6 +123,29 @@ def test_metrics_one_by_one(evaluate_, folder, tiny_judges, name):
     assert code == 0 and out.count("not asked for") == len(evaluate.TABLE2) + len(evaluate.TABLE3) - 1
 
 
+def test_a_judge_of_ones_own(evaluate_, folder, tmp_path, monkeypatch):
+    """As judges.py says: a class with two methods and a line in JUDGES; here with a report as well."""
+    class Bright:
+        name = "bright"
+
+        def __init__(self, device, weights=None):
+            pass
+
+        def encode(self, prompts):
+            return torch.arange(len(prompts))
+
+        def __call__(self, images, text, t=None):
+            return images.mean((1, 2, 3)) + text
+
+        def report(self, images, prompts):
+            return {"contrast": images.flatten(1).std(1)}
+    monkeypatch.setitem(evaluate.JUDGES, "bright", Bright)
+    code, out, err = evaluate_(folder, "--judges", "bright", "--metrics", "none")
+    assert code == 0 and "| bright ↑ | contrast ↑ |" in out, err
+    scores = table(tmp_path / "out/theirs/scores.csv")
+    assert float(scores[2]["bright"]) == pytest.approx(picture(1, 0).mean() / 255 + 1, rel=1e-5) and "contrast" in scores[0]
+
+
 def test_a_run_and_its_original(evaluate_, run, tmp_path, monkeypatch):
     code, out, err = evaluate_(run, "--judges", "taste", "--metrics", "rmse", "entropy_1d", "--images_per_prompt", 2)
     assert code == 0, err
