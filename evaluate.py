@@ -477,7 +477,7 @@ def save_scores(row, prompts):
         if not scores:
             return
         present = {c for v in scores.values() for c in v}
-        columns = sorted(present, key=lambda c: (*TOY_TABLE2, *TABLE2, *TABLE3, c).index(c))
+        columns = sorted(present, key=lambda c: ((*TOY_TABLE2, *TABLE2, *TABLE3, c).index(c), c))
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         out.writerow([*index, *more, "sha1", *columns])
@@ -679,7 +679,7 @@ def draw_tradeoff(path, columns, rows, results):
 def report(rows, args, reasons, prompts):
     """table2.md, table3.md, summary.csv, tradeoff.png; prints the tables."""
     scored = {c for r in rows for s in r.image_scores.values() for c in s} - {*TABLE2, *TABLE3}  # the toy's, and a user's own judge's
-    table2 = {c: TOY_TABLE2.get(c, (c, 1, 3, None)) for c in sorted(scored, key=lambda c: (*TOY_TABLE2, c).index(c))} | TABLE2
+    table2 = {c: TOY_TABLE2.get(c, (c, 1, 3, None)) for c in sorted(scored, key=lambda c: ((*TOY_TABLE2, c).index(c), c))} | TABLE2
     results = {(r.label, m): summarise(r, m) for r in rows for m in (*table2, *TABLE3)}
     n, K = len({p for p, _ in rows[0].files}), max(sum(p == q for q, _ in rows[0].files) for p, _ in list(rows[0].files)[:1])
     about = f"{n} prompts x {K} images; mean ± standard deviation over prompts (standard error)"
