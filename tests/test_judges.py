@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 import judges
 import sample
+from weights import blip_state, fill, flant5_state, golden, ids, noise
 
 
 PROMPTS = ["a red sun over a sea", "a white moon", "a large yellow sun over hills under a pink sky"]
@@ -94,6 +95,165 @@ def test_text_is_cut_with_its_end_token_kept(tiny_judges):
     assert (same[0] - same[2]).abs().max() > 1e-3
 
 
+# ---- against the references' own code, run with the same tiny weights (golden/*.json), and their full-size checkpoints' names
+
+def expand(templates):
+    """{name with {i}: [shape, layers]} -> {name: meta tensor}."""
+    return {k.replace("{i}", str(i)): torch.empty(shape, device="meta") for k, (shape, n) in templates.items() for i in range(n)}
+
+
+def assert_fits(module, state):
+    mine = {k: v.shape for k, v in module.state_dict().items()}
+    assert {k: v.shape for k, v in state.items()} == mine
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    return golden("open_clip.json")
+
+
+def test_hps_is_open_clips_cosine(open_clip):
+    from transformers import CLIPConfig, CLIPModel
+    text = dict(vocab_size=600, hidden_size=48, intermediate_size=192, num_hidden_layers=3, num_attention_heads=6, hidden_act="gelu", eos_token_id=599)
+    vision = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14, hidden_act="gelu")
+    config = CLIPConfig(projection_dim=24, text_config=text, vision_config=vision)
+    state = judges.from_open_clip({k: fill(k, shape) for k, shape in open_clip["tiny_keys"].items()})
+    judge = object.__new__(judges.CLIP)
+    judge.clip = judges.build(lambda: CLIPModel(config), state, "tiny", "cpu")
+    tokens = ids("ids", (3, 77), 598)
+    for row, end in zip(tokens, (10, 30, 76)):
+        row[end], row[end + 1:] = 599, 0
+    image, text = judge.embed_pixels(noise("pixels", (3, 3, 28, 28))), judge.encode_ids(tokens)
+    want = open_clip["output"]
+    torch.testing.assert_close(image @ text.T, torch.tensor(want["cosine"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(image[:, :5], torch.tensor(want["image_features_normalised_first5"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(text[:, :5], torch.tensor(want["text_features_normalised_first5"]), rtol=0, atol=1e-6)
+    # a wrong activation gives a plausible, wrong number
+    config.vision_config.hidden_act = config.text_config.hidden_act = "quick_gelu"
+    judge.clip = judges.build(lambda: CLIPModel(config), state, "tiny", "cpu")
+    assert (judge.embed_pixels(noise("pixels", (3, 3, 28, 28))) @ judge.encode_ids(tokens).T - torch.tensor(want["cosine"])).abs().max() > 1e-4
+
+
+def test_hps_full_size_names_and_shapes(open_clip):
+    from transformers import CLIPModel
+    state = expand(open_clip["full_keys"])
+    assert len(state) == open_clip["full_key_count"] == 686
+    with torch.device("meta"):
+        assert_fits(CLIPModel(judges.vit_h()), judges.from_open_clip(state))
+
+
+@pytest.mark.parametrize("result", golden("open_clip.json")["preprocessing"]["results"], ids=lambda r: f"{r['H']}x{r['W']}")
+def test_preprocessing_is_torchvisions_in_both_conventions(open_clip, result):
+    a = np.random.RandomState(5).randint(0, 256, (result["H"], result["W"], 3)).astype(np.uint8)
+    assert int(a.sum()) == result["source_sum"]
+    x = torch.from_numpy(a).permute(2, 0, 1)[None] / 255
+    for how, name in (("pil", "open_clip_pil"), ("tensor", "hpsv2_tensor")):
+        got, want = judges.preprocess(x, 224, how)[0].double(), result[name]
+        assert [got[tuple(at)].item() for at in open_clip["preprocessing"]["sample_points_cyx"]] == pytest.approx(want["samples"], abs=2e-6)
+        assert got.abs().sum().item() == pytest.approx(want["sum_abs"], rel=1e-6) and got.mean().item() == pytest.approx(want["mean"], abs=1e-6)
+
+
+def test_imagereward_is_the_packages(tiny_judges):
+    judge, want = judges.load_judge("imagereward", "cpu", tiny_judges), golden("imagereward.json")
+    names = {k: list(v.shape) for k, v in blip_state().items() if "_proj." not in k}
+    assert names == want["tiny_keys"]  # the tiny checkpoint is the package's own, in names and shapes
+    tokens, mask = ids("ids", (3, 35), 118, low=2), torch.zeros(3, 35, dtype=torch.long)
+    for r, n in enumerate((35, 12, 5)):
+        mask[r, :n], tokens[r, n:] = 1, 0
+    got = judge.reward(noise("pixels", (3, 3, 32, 32)), torch.stack([tokens, mask], 1))
+    assert got.tolist() == pytest.approx(want["rewards"], abs=2e-6)
+
+
+def test_imagereward_full_size_names_and_shapes():
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+    want = golden("imagereward.json")
+    state = expand(want["full_keys"])
+    assert len(state) == want["full_key_count"]
+    with torch.device("meta"):
+        parts = judges.ImageReward.split(state)
+        sizes = judges.ImageReward.SIZES
+        models = (BlipVisionModel(BlipVisionConfig(**sizes["vision"])),
+                  BlipTextModel(BlipTextConfig(**sizes["text"], is_decoder=True), add_pooling_layer=False), judges.linear_head(768))
+        for model, part in zip(models, parts):
+            assert_fits(model, part)
+
+
+@pytest.fixture
+def vqascore(tiny_judges):
+    judge = judges.load_judge("vqascore", "cpu", tiny_judges)
+    judge.yes, judge.words = [67, 1], 120  # the oracle's vocabulary: 120 words of 128 logits
+    return judge
+
+
+def vqa_inputs():
+    before = torch.cat([ids("chunk1", (9,), 118), torch.tensor([1])])
+    after = [torch.cat([ids(f"chunk2-{k}", (n,), 118), torch.tensor([1])]) for k, n in enumerate((12, 7, 20))]
+    return noise("pixels", (3, 3, 28, 28)), before, torch.nn.utils.rnn.pad_sequence(after, batch_first=True, padding_value=-1)
+
+
+def test_vqascore_is_the_packages(vqascore):
+    want = golden("vqascore.json")
+    assert {k: list(v.shape) for k, v in flant5_state().items()} == want["tiny_keys"]
+    assert vqascore.probability(*vqa_inputs()).tolist() == pytest.approx(want["scores"], rel=1e-5)
+
+
+def test_vqascore_is_yes_and_its_end(vqascore):
+    """sqrt(P(Yes) P(end | Yes)), from the two logits; P(Yes) alone is another number."""
+    pixels, before, after = vqa_inputs()
+    seen = []
+    vqascore.t5.lm_head.register_forward_hook(lambda m, i, out: seen.append(out))
+    score = vqascore.probability(pixels, before, after)
+    p = seen[0][..., :120].softmax(-1)
+    torch.testing.assert_close(score, (p[:, 0, 67] * p[:, 1, 1]).sqrt())
+    assert (score - p[:, 0, 67]).abs().min() > 1e-4
+
+
+def test_t5s_output_matrix_is_its_own_and_unscaled(vqascore):
+    """transformers 5 ties lm_head to shared, in silence, and scales the decoder's output if it believes in the tie."""
+    state = flant5_state()
+    assert (vqascore.t5.lm_head.weight == state["lm_head.weight"]).all() and (vqascore.t5.shared.weight == state["shared.weight"]).all()
+    assert vqascore.t5.encoder.embed_tokens is vqascore.t5.shared and vqascore.t5.decoder.embed_tokens is vqascore.t5.shared
+    hidden, out = [], []
+    vqascore.t5.decoder.register_forward_hook(lambda m, i, o: hidden.append(o[0]))
+    vqascore.t5.lm_head.register_forward_hook(lambda m, i, o: out.append(o))
+    vqascore.probability(*vqa_inputs())
+    torch.testing.assert_close(out[0], hidden[0] @ state["lm_head.weight"].T, rtol=1e-4, atol=1e-4)
+
+
+def test_vqascore_full_size_names_and_shapes():
+    from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+    want = golden("vqascore.json")
+    state = expand(want["full_keys"])
+    assert len(state) == want["full_key_count"]
+    t5, eye, projector = judges.VQAScore.split(state)
+    with torch.device("meta"):
+        assert_fits(CLIPVisionModel(CLIPVisionConfig(**judges.VQAScore.VISION)), eye)
+        assert_fits(T5ForConditionalGeneration(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                                        feed_forward_proj="gated-gelu", tie_word_embeddings=False)), t5)
+        assert_fits(torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096)), projector)
+
+
+def test_vqascore_pads_to_a_square_in_clips_mean(vqascore, monkeypatch):
+    seen = []
+    monkeypatch.setattr(vqascore, "probability", lambda pixels, *a: seen.append(pixels))
+    x = images(1, 3, 20, 40)
+    vqascore(x, None)
+    want = torch.empty(1, 3, 40, 40)
+    want[:] = torch.tensor([122., 116., 104.]).view(3, 1, 1) / 255
+    want[..., 10:30, :] = x
+    torch.testing.assert_close(seen[0], judges.preprocess(want, 28))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("name", judges.JUDGES)
+def test_judges_on_cuda_agree_with_the_cpu(tiny_judges, name):
+    x, scores = images(3, 3, 40, 50), []
+    for device in ("cpu", "cuda"):
+        judge = judges.load_judge(name, device, tiny_judges)
+        scores.append(judge(x.to(device), judge.encode(PROMPTS).to(device)).cpu())
+    torch.testing.assert_close(*scores, rtol=.05, atol=.05)  # fp16 and bf16 where the reference uses them
+
+
 # ---- checkpoints that are not what they should be
 
 def spoil(path, change):
@@ -128,7 +288,8 @@ class Evil:
         return print, ("this code ran",)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"not a checkpoint", b"", "evil zip", "list"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"not a checkpoint", b"", "evil zip", "list"], ids=("pickle", "text", "empty", "evil zip", "list"))
 def test_nothing_is_unpickled(tiny_judges, tmp_path, capsys, content):
     folder = shutil.copytree(tiny_judges, tmp_path / "w")
     path = folder / "HPSv2/HPS_v2_compressed.pt"
