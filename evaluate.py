@@ -144,6 +144,7 @@ class Row:
     sha: dict = field(default_factory=dict)      # (p, k) -> of the file's bytes: a score belongs to one content
     image_scores: dict = field(default_factory=dict)   # (p, k) -> {metric: value}
     pair_scores: dict = field(default_factory=dict)    # (p, i, j) -> {metric: value}
+    unseen: dict = field(default_factory=dict)         # file -> {key: its line}: scores of images this call leaves out
     skipped: int = 0
 
     def keys(self, metric):
@@ -340,14 +341,22 @@ def choose_prompts(args, rows, runs):
 # ---------------------------------------------------------------------------------------------------------------
 # Images: paint what is missing, look at what is there
 
-def fingerprint(row, prompts, args):
-    """What an image depends on. A model's folder is told by its UNet's size and date, a LoRA by its bytes."""
-    unet = os.path.join(row.base, "unet")
-    stamp = sorted((f, os.stat(os.path.join(unet, f)).st_size) for f in os.listdir(unet)) if os.path.isdir(unet) else None
+def fingerprint(row, args):
+    """What an image depends on besides prompt and seed. Local weights are told by their last bytes, wherever they lie."""
+    unet, digest = os.path.join(row.base, "unet"), None
+    if os.path.isdir(unet):
+        digest = hashlib.sha1()
+        for name in sorted(f for f in os.listdir(unet) if f.endswith(".safetensors")):
+            with open(os.path.join(unet, name), "rb") as f:
+                f.seek(max(os.path.getsize(f.name) - 65536, 0))
+                digest.update(f.read())
+        digest = digest.hexdigest()
     lora = os.path.join(row.lora, LORA_FILE) if row.lora and os.path.isdir(row.lora) else row.lora
-    digest = hashlib.sha1(open(lora, "rb").read()).hexdigest() if lora else None
-    return {"model": row.base, "unet": stamp and [list(x) for x in stamp], "lora": digest, "guidance_scale": args.guidance_scale,
-            "num_inference_steps": args.num_inference_steps}
+    if lora:
+        with open(lora, "rb") as f:
+            lora = hashlib.sha1(f.read()).hexdigest()
+    return {"model": os.path.basename(row.base) if digest else row.base, "unet": digest, "lora": lora,
+            "guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
 
 
 def settings_of(row):
@@ -366,7 +375,7 @@ def save_settings(row, settings):
 
 def paint_missing(row, prompts, args, device):
     """Every image (p, k) that row.images lacks, each written whole or not at all. Refuses images of other settings."""
-    settings, now = settings_of(row), fingerprint(row, prompts, args)
+    settings, now = settings_of(row), fingerprint(row, args)
     was = settings.get("images", now)
     painted = settings.get("prompts", {})           # p -> the prompt that image was painted from
     other = [f"{k} {was.get(k)}, now {now[k]}" if k not in ("lora", "unet") else f"another {k}" for k in now if was.get(k) != now[k]]
@@ -391,6 +400,19 @@ def paint_missing(row, prompts, args, device):
                 write_png(to_pil(image), os.path.join(row.images, f"{p:05d}_{k}.png"))
 
 
+def check_folder_of_images(row, prompts, args):
+    inside = os.path.join(row.images, "prompts.txt")
+    if prompts and os.path.exists(inside):
+        theirs = read_prompts(inside)
+        other = [p for p, (a, b) in enumerate(zip(theirs, prompts)) if a != b]
+        if other:
+            raise UserError(f"{inside} does not match the prompts in use: prompt {other[0]} is {theirs[other[0]]!r} there, {prompts[other[0]]!r} "
+                            "here: evaluate the folder alone, or make its images from the same prompts")
+    home, out = (os.path.realpath(x) for x in (row.images, args.output_dir))
+    if out == home or out.startswith(home + os.sep):
+        raise UserError(f"--output_dir {args.output_dir!r} lies in the folder of images {row.images!r}: choose one outside")
+
+
 def look(row, prompts, args, pairwise):
     """Fills row.files and row.sha: the first K images of every prompt, all found readable. Raises UserError otherwise."""
     found, bad = list_images(row.images)
@@ -405,9 +427,9 @@ def look(row, prompts, args, pairwise):
     for key, path in sorted(found.items()):
         if key[0] >= P or (args.images_per_prompt and sum(1 for k in range(key[1]) if (key[0], k) in found) >= args.images_per_prompt):
             continue
-        with open(path, "rb") as f:
-            sha = hashlib.sha1(f.read()).hexdigest()[:16]
         try:
+            with open(path, "rb") as f:
+                sha = hashlib.sha1(f.read()).hexdigest()[:16]
             if sha not in known:
                 read_image(path)
             with Image.open(path) as image:
@@ -430,6 +452,7 @@ def look(row, prompts, args, pairwise):
     if few:
         raise UserError(f"{row.images}: prompt {few[0]} has {counts[few[0]]} images, not {want}: add the missing ones, or say "
                         f"--images_per_prompt {min(counts)}")
+    args.images_per_prompt = want  # of the first folder, if nobody said: all models have the same K
     if pairwise and want < 2:
         raise UserError(f"{pairwise[0]} compares images of one prompt and needs two, {row.images} has one each: add images, or "
                         "say --metrics entropy_1d entropy_2d, or --metrics none")
@@ -461,7 +484,10 @@ def read_scores(row, prompts, only_sha=False):
                     seen.add(sha)
                     if only_sha:
                         continue
-                    mine = "-".join(row.sha.get((key[0], k), "gone") for k in key[1:])
+                    if any((key[0], k) not in row.sha for k in key[1:]):
+                        row.unseen.setdefault(name, {})[key] = line
+                        continue
+                    mine = "-".join(row.sha[key[0], k] for k in key[1:])
                     same = sha == mine and (name == "pairs.csv" or not prompts or line["prompt"] in ("", prompts[key[0]]))
                     if same:
                         target = row.image_scores if name == "scores.csv" else row.pair_scores
@@ -474,17 +500,20 @@ def read_scores(row, prompts, only_sha=False):
 
 def save_scores(row, prompts):
     def table(name, index, scores, more):
-        if not scores:
+        lines = dict(row.unseen.get(name, {}))
+        for key, values in scores.items():
+            about = {"file": os.path.basename(row.files[key]), "prompt": prompts[key[0]] if prompts else ""} if more else {}
+            lines[key] = (dict(zip(index, key)) | about | {"sha1": "-".join(row.sha[key[0], k] for k in key[1:])}
+                          | {c: repr(v) for c, v in values.items()})
+        if not lines:
             return
-        present = {c for v in scores.values() for c in v}
-        columns = sorted(present, key=lambda c: ((*TOY_TABLE2, *TABLE2, *TABLE3, c).index(c), c))
+        fixed = [*index, *more, "sha1"]
+        found = {c for line in lines.values() for c in line} - set(fixed)
+        columns = sorted(found, key=lambda c: ((*TOY_TABLE2, *TABLE2, *TABLE3, c).index(c), c))
         text = io.StringIO()
-        out = csv.writer(text, lineterminator="\n")
-        out.writerow([*index, *more, "sha1", *columns])
-        for key in sorted(scores):
-            sha = "-".join(row.sha[key[0], k] for k in key[1:])
-            about = [os.path.basename(row.files[key]) if m == "file" else prompts[key[0]] if prompts else "" for m in more]
-            out.writerow([*key, *about, sha, *(repr(scores[key][c]) if c in scores[key] else "" for c in columns)])
+        out = csv.DictWriter(text, fixed + columns, restval="", lineterminator="\n")
+        out.writeheader()
+        out.writerows(lines[key] for key in sorted(lines))
         write_file(os.path.join(row.folder, name), text.getvalue().encode())
     table("scores.csv", ("prompt_index", "image"), row.image_scores, ("file", "prompt"))
     table("pairs.csv", ("prompt_index", "image_1", "image_2"), row.pair_scores, ())
@@ -615,7 +644,7 @@ def make_table(title, columns, rows, results, reasons, paper):
              "|---" * (len(columns) + 1) + "|"]
     best = {}
     for m, (_, sign, digits, _) in columns.items():
-        means = [sign * round(r["mean"], digits) for r in (results[row.label, m] for row in rows) if r]
+        means = [sign * round(r["mean"], digits) for r in (results[row.label, m] for row in rows) if r and r["prompts"]]
         best[m] = max(means) if len(means) > 1 and len(set(means)) > 1 else None
     for row in rows:
         cells = []
@@ -623,6 +652,9 @@ def make_table(title, columns, rows, results, reasons, paper):
             r = results[row.label, m]
             if r is None:
                 cells.append("not run " + note(f"{m}: {reasons.get(m, 'not computed for all images')}"))
+                continue
+            if not r["prompts"] and not r["left_out"]:
+                cells.append("-")  # prompt following, where no prompt names anything
                 continue
             mean = f"{r['mean']:.{digits}f} ± {r['sd']:.{digits}f}" if r["prompts"] > 1 else f"{r['mean']:.{digits}f}"
             mean = f"**{mean}**" if sign * round(r["mean"], digits) == best[m] else mean
@@ -647,7 +679,7 @@ def draw_tradeoff(path, columns, rows, results):
     """Alignment against diversity: a panel a judge, a point a model, bars of one standard error. Returns False if there
     is nothing to draw."""
     x = next((m for m in ("lpips", "rmse", "entropy_1d") if all(results[r.label, m] for r in rows)), None)
-    ys = [m for m in columns if all(results[r.label, m] for r in rows)]
+    ys = [m for m in columns if all(results[r.label, m] and results[r.label, m]["prompts"] for r in rows)]
     if x is None or not ys:
         return False
     import matplotlib
@@ -681,8 +713,7 @@ def report(rows, args, reasons, prompts):
     scored = {c for r in rows for s in r.image_scores.values() for c in s} - {*TABLE2, *TABLE3}  # the toy's, and a user's own judge's
     table2 = {c: TOY_TABLE2.get(c, (c, 1, 3, None)) for c in sorted(scored, key=lambda c: ((*TOY_TABLE2, c).index(c), c))} | TABLE2
     results = {(r.label, m): summarise(r, m) for r in rows for m in (*table2, *TABLE3)}
-    n, K = len({p for p, _ in rows[0].files}), max(sum(p == q for q, _ in rows[0].files) for p, _ in list(rows[0].files)[:1])
-    about = f"{n} prompts x {K} images; mean ± standard deviation over prompts (standard error)"
+    about = f"{len({p for p, _ in rows[0].files})} prompts x {args.images_per_prompt} images; mean ± standard deviation over prompts (standard error)"
     paper = any(r.base == SD15 or not r.base for r in rows)
     text = [make_table(f"Table 2: alignment. {about}", table2, rows, results, reasons, paper),
             make_table(f"Table 3: diversity. {about}", TABLE3, rows, results, reasons, paper)]
@@ -731,6 +762,7 @@ def main():
           f"{', '.join(metrics) or 'none'}; on {device}", flush=True)
     for row in rows:
         if not row.base:
+            check_folder_of_images(row, prompts, args)
             look(row, prompts, args, pairwise)  # before anything is painted or loaded
     make_folder(args.output_dir)
     for row in rows:

@@ -24,7 +24,7 @@ FLAGS = [
     (["--train_batch_size", 0], "--train_batch_size must be at least 1"), (["--rank", 0], "--rank"), (["--seed", -1], "--seed"),
     (["--no_such_flag"], "unrecognized"), (["--judge", "mother"], "unknown judge"), (["--device", "abacus"], "unknown device"), (["--device", "meta"], "not supported"),
     (["--model", "nowhere/at/all"], "no model folder"), (["--model", "./nowhere"], "no model folder"),
-    (["--model", "someone/some-model"], "hub in reach"), (["--judge", "pickscore"], "cannot load the judge"),
+    (["--model", "someone/some-model"], "hub in reach"), (["--judge", "pickscore"], "the hub is out of reach"),
     (["--prompts", "nowhere.txt"], "cannot read prompts file"), (["--resume"], "nothing to resume"),
 ]
 

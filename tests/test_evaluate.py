@@ -50,7 +50,7 @@ def evaluate_(command, tmp_path):
 
 
 def table(path):
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
@@ -253,6 +253,50 @@ def test_changed_images_are_scored_again(evaluate_, folder, tmp_path):
     after = table(tmp_path / "out/theirs/pairs.csv")
     assert [x["rmse"] != y["rmse"] for x, y in zip(before, after)] == [False, True, False]
     assert float(after[1]["rmse"]) == evaluate.rmse(picture(1, 0), picture(9, 9))
+
+
+def test_fewer_images_or_prompts_for_once_lose_nothing(evaluate_, folder, tmp_path, monkeypatch):
+    flags = [folder, "--judges", "taste", "--metrics", "rmse"]
+    assert evaluate_(*flags)[0] == 0
+    files = [tmp_path / "out/theirs" / f for f in ("scores.csv", "pairs.csv")]
+    before = [table(f) for f in files]
+    assert evaluate_(*flags, "--num_prompts", 2)[0] == 0 and "2 prompts x 2 images" in (tmp_path / "out/table3.md").read_text()
+    assert evaluate_(folder, "--judges", "taste", "--metrics", "entropy_1d", "--num_prompts", 1, "--images_per_prompt", 1)[0] == 0
+    monkeypatch.setattr(evaluate, "load_judge", None)
+    monkeypatch.setattr(evaluate, "rmse", None)
+    assert evaluate_(*flags)[0] == 0
+    after = [table(f) for f in files]
+    assert after[1] == before[1] and [{k: r[k] for k in before[0][0]} for r in after[0]] == before[0]
+    assert [bool(r["entropy_1d"]) for r in after[0]] == [True] + [False] * 5
+
+
+def test_two_folders_of_other_sizes(evaluate_, folder, tmp_path):
+    more = shutil.copytree(folder, tmp_path / "more")
+    for p in range(3):
+        Image.fromarray(picture(p, 2)).save(more / f"{p}_2.png")
+    flags = ["--judges", "taste", "--metrics", "rmse"]
+    assert evaluate_(folder, more, *flags)[0] == 0  # the smaller K is what both have
+    assert len(table(tmp_path / "out/more/pairs.csv")) == 3
+    code, _, err = evaluate_(more, folder, *flags)
+    assert code == 2 and "has 2 images, not 3" in err and "--images_per_prompt 2" in err
+    (more / "prompts.txt").write_text("\n".join(PROMPTS[::-1]))
+    code, _, err = evaluate_(folder, more, *flags, "--prompts", folder / "prompts.txt")
+    assert code == 2 and "does not match the prompts in use: prompt 0" in err and err.count("\n") == 1
+
+
+def test_output_among_the_images(evaluate_, folder):
+    code, _, err = evaluate_(folder, "--judges", "taste", "--metrics", "rmse", "--output_dir", folder / "out")
+    assert code == 2 and "lies in the folder of images" in err and not (folder / "out").exists()
+
+
+def test_prompts_with_commas_quotes_and_other_scripts(evaluate_, folder, tmp_path):
+    prompts = ['a "red", blue thing', "солнце, 太陽 ☀", "a cat; a 'dog'"]
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    for _ in range(2):
+        assert evaluate_(folder, "--judges", "taste", "--metrics", "none")[0] == 0
+        assert [r["prompt"] for r in table(tmp_path / "out/theirs/scores.csv")][::2] == prompts
+    line = next(x for x in (tmp_path / "out/table2.md").read_text().splitlines() if x.startswith("| theirs |"))
+    assert line.split("|")[3].strip() == "-"  # prompt following: nothing is named that the toy's checker knows
 
 
 @pytest.mark.parametrize("layout", ["{p:05d}_{k}.png", "{p}/{k}.png"])
