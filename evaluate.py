@@ -291,7 +291,7 @@ def choose(args, rows):
         names = [] if asked == ["none"] else [n for a in asked for n in a.split(",") if n]
         for n in names:
             if n not in known:
-                raise UserError(f"{flag}: unknown {n!r}: choose from {', '.join(known)}, or none")
+                raise UserError(f"{flag}: unknown {n!r}: choose from {', '.join(known)}, or none alone")
         return tuple(dict.fromkeys(names))
     judges = pick(args.judges, ("taste",) if is_toy else MODEL_JUDGES, tuple(JUDGES), "--judges")
     metrics = pick(args.metrics, TOY_METRICS if is_toy else MODEL_METRICS, MODEL_METRICS, "--metrics")
@@ -419,8 +419,8 @@ def look(row, prompts, args, pairwise):
     P = len(prompts) if prompts else max(p for p, _ in found) + 1 if found else 0
     beyond = sorted(p for p, _ in found if p >= P)
     if beyond and not row.base and not args.num_prompts:
-        raise UserError(f"{row.images} has images of prompt {beyond[-1]}, but there are {P} prompts, 0 to {P - 1}: give the "
-                        "prompts file they were made from")
+        raise UserError(f"{row.images} has images of prompt {beyond[-1]}, but there are {P} prompts, 0 to {P - 1}: P counts "
+                        "from 0; or give the prompts file they were made from")
     counts = [sum((p, k) in found for k in range(1000)) for p in range(P)] if found else []
     known = {sha for sha in read_scores(row, prompts, only_sha=True)}
     sizes, bad_names = {}, list(bad)
@@ -793,7 +793,7 @@ def main():
     report(rows, args, reasons, prompts)
     peak = peak_gb(device)
     print(f"{time.time() - start:.0f} s" + (f", peak memory {peak:.2f} GB" if peak else ""))
-    asked = [m for m in failed if m in (args.judges or ()) or m in (args.metrics or ())]
+    asked = [m for m in failed if (args.metrics if m in TABLE3 else args.judges)]
     if asked:
         raise UserError(f"asked for, but not run: {', '.join(asked)}; the notes under the tables say why and what to do")
 
