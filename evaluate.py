@@ -126,7 +126,7 @@ TABLE3 = {"clip_i": ("CLIPScore image-image", -1, 3, (.80, None)), "entropy_1d":
           "ssim": ("SSIM", -1, 3, (.734, None)), "fsim": ("FSIM", -1, 3, (.294, None))}
 PER_IMAGE = ("entropy_1d", "entropy_2d")
 NEEDS_WEIGHTS = {"clipscore": "3.9 GB", "vqascore": "22.9 GB", "aesthetic": "1.7 GB", "imagereward": "1.8 GB", "pickscore": "3.9 GB",
-                 "hps": "2.0 GB", "clip_i": "3.9 GB", "lpips": "0.24 GB"}
+                 "hps": "2.0 GB", "step_aware": "5.2 GB", "clip_i": "3.9 GB", "lpips": "0.24 GB"}
 MODEL_JUDGES, MODEL_METRICS = tuple(TABLE2), tuple(TABLE3)
 TOY_METRICS = tuple(m for m in TABLE3 if m not in NEEDS_WEIGHTS)
 

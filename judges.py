@@ -7,6 +7,7 @@ Every model that scores an image against a prompt, behind one interface:
 
     name         what it is                              hub id, file                                      size     licence     scale           SD1.5 in the paper
     taste        the toy's: warm light in the sky        none: a formula (toy.py)                          0        MIT         about -5 .. 10  -
+    step_aware   PickScore's CLIP, told the timestep     SPO-Diffusion-Models/Step-Aware_Preference_Models 5.2 GB   MIT (code)  ~100 * cosine   -
     clipscore    CLIP ViT-H-14, as published             laion/CLIP-ViT-H-14-laion2B-s32B-b79K             3.9 GB   MIT         cosine          0.352
     vqascore     FLAN-T5-xxl shown the image: "Yes"?     zhiqiulin/clip-flant5-xxl                         22.9 GB  Apache-2.0  probability     0.601
     aesthetic    a linear head on CLIP ViT-L/14          openai/clip-vit-large-patch14 + LAION's file      1.7 GB   MIT, Apache about 1 .. 10   -
@@ -24,6 +25,7 @@ a pair is trained on if softmax([best, worst]) differs by more than it. A judge 
 """
 import functools
 import json
+import math
 import os
 import re
 
@@ -331,6 +333,79 @@ def linear_head(width):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The step-aware preference model (SPO, Liang et al. 2024): PickScore's CLIP, told how noisy its image is
+
+class StepAware(CLIP):
+    """Scores the x0 prediction decoded at a denoising step t: exp(logit_scale) * cosine, as PickScore, but every layer of the
+    vision tower is modulated by t (adaLN, Peebles & Xie 2023). With gates 1, shifts and scales 0 it is plain CLIP.
+
+    fp16 on CUDA (the reference: fp32). Images are shrunk without antialias, unlike everywhere else, since the checkpoint was
+    trained so; t None is 0, a finished image.
+    """
+    REPO, FILE = "SPO-Diffusion-Models/Step-Aware_Preference_Models", "sd-v1-5_step-aware_preference_model.bin"
+
+    def __init__(self, device="cpu", weights=None):
+        from transformers import CLIPModel, CLIPTokenizer
+        self.name, self.times = "step_aware", None
+        self.where = find(self.REPO, self.FILE, weights)
+        state = {k.removeprefix("model."): v for k, v in read_state(self.where).items() if not k.endswith("position_ids")}
+        config = vit_h()
+        dtype = torch.float16 if str(device).startswith("cuda") else torch.float32
+        self.clip = build(lambda: add_time(CLIPModel(config)), state, self.where, device, dtype)
+        self.tokenizer = load_tokenizer(CLIPTokenizer, CLIP_H, weights)
+        self.size = config.vision_config.image_size
+
+    @torch.no_grad()
+    def __call__(self, images, text, t=None):
+        images = images.to(self.clip.device)
+        t = torch.zeros(len(images), device=images.device) if t is None else t.to(images.device)
+        image = F.normalize(self.embed_at(self.shrink(images), t), dim=-1)
+        return self.clip.logit_scale.float().exp() * (image * text.to(image.device)).sum(-1)
+
+    def shrink(self, images):
+        """(N, 3, H, W) in [0, 1] -> (N, 3, 224, 224), normalised: torch's bicubic, not antialiased, then clamped."""
+        short = min(images.shape[-2:])
+        h, w = (int(n * self.size / short + .5) for n in images.shape[-2:])
+        x = F.interpolate(images.float(), size=(h, w), mode="bicubic", align_corners=False)
+        top, left = (int(round((n - self.size) / 2)) for n in (h, w))
+        stat = lambda v: torch.tensor(v, device=x.device).view(3, 1, 1)
+        return (x[..., top:top + self.size, left:left + self.size].clamp(0, 1) - stat(CLIP_MEAN)) / stat(CLIP_STD)
+
+    def embed_at(self, pixels, t):
+        """(N, 3, S, S), (N,) -> (N, D) fp32, not normalised."""
+        clip, tower = self.clip, self.clip.vision_model
+        c = clip.t_embedder.mlp(sinusoids(t).to(clip.dtype))                                 # (N, H)
+        modulate = lambda x, shift, scale: x * (1 + scale[:, None]) + shift[:, None]
+        x = tower.pre_layrnorm(tower.embeddings(pixels.to(clip.dtype)))                      # (N, 257, H)
+        for layer in tower.encoder.layers:
+            shift, scale, gate, shift2, scale2, gate2 = layer.adaLN_modulation(c).chunk(6, 1)
+            x = x + gate[:, None] * layer.self_attn(modulate(layer.layer_norm1(x), shift, scale), attention_mask=None)[0]
+            x = x + gate2[:, None] * layer.mlp(modulate(layer.layer_norm2(x), shift2, scale2))
+        shift, scale = tower.adaLN_modulation(c).chunk(2, 1)
+        x = tower.post_layernorm(x[:, 0]) * (1 + scale) + shift
+        return clip.visual_projection(x).float()
+
+
+def add_time(clip):
+    """Hangs the time conditioning's modules into a CLIPModel, under the public checkpoint's names."""
+    H = clip.config.vision_config.hidden_size
+    modulation = lambda n: nn.Sequential(nn.SiLU(), nn.Linear(H, n * H))
+    for layer in clip.vision_model.encoder.layers:
+        layer.adaLN_modulation = modulation(6)
+    clip.vision_model.adaLN_modulation = modulation(2)
+    clip.t_embedder = nn.Module()
+    clip.t_embedder.mlp = nn.Sequential(nn.Linear(256, H), nn.SiLU(), nn.Linear(H, H))
+    return clip
+
+
+def sinusoids(t, width=256):
+    """(N,) timesteps -> (N, 256) fp64: cosines, then sines, of geometric frequencies 1 .. 1/10000 (DiT's convention)."""
+    f = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2))
+    angle = t.double()[:, None] * f
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # ImageReward (Xu et al. 2023)
 
 class ImageReward:
@@ -489,7 +564,7 @@ def taste(device, weights=None):
     return Taste()
 
 
-JUDGES = {"taste": taste, **{name: functools.partial(CLIP, name) for name in ("clipscore", "pickscore", "hps", "aesthetic")},
+JUDGES = {"taste": taste, "step_aware": StepAware, **{name: functools.partial(CLIP, name) for name in ("clipscore", "pickscore", "hps", "aesthetic")},
           "imagereward": ImageReward, "vqascore": VQAScore}
 
 

@@ -10,6 +10,7 @@ The parts are used by train.py and evaluate.py; this file knows no loss and no j
 """
 import argparse
 import contextlib
+import csv
 import io
 import json
 import os
@@ -447,9 +448,10 @@ def make_folder(path):
 
 
 def read_prompts(path):
-    """Prompts from a .txt file, one a line, or a .json list of strings or of {"caption" | "prompt": ...} (SPO's format)."""
+    """Prompts from .txt, one a line; .json, a list of strings or of {"caption" | "prompt": ...} (SPO's format); .jsonl, such
+    an item a line; .csv with a column caption or prompt. Raises UserError, naming the file and what is wrong with it."""
     try:
-        with open(path, encoding="utf-8-sig") as f:  # Windows' editors put a mark in front
+        with open(path, encoding="utf-8-sig", newline="") as f:  # Windows' editors put a mark in front
             content = f.read()
         if "\0" in content:
             raise UnicodeError
@@ -457,16 +459,19 @@ def read_prompts(path):
         raise UserError(f"prompts file {path!r} is not text: give a UTF-8 file with one prompt a line") from e
     except OSError as e:
         raise UserError(f"cannot read prompts file {path!r} ({e.strerror}): give a text file with one prompt a line") from e
+    kind = os.path.splitext(path)[1].lower()
     lines = content.splitlines()
-    if path.endswith(".json"):
+    if kind in (".json", ".jsonl", ".csv"):
         try:
-            items = json.loads(content)
+            items = (json.loads(content) if kind == ".json" else [json.loads(x) for x in lines if x.strip()] if kind == ".jsonl"
+                     else list(csv.DictReader(io.StringIO(content))))
             lines = [x if isinstance(x, str) else x["caption"] if "caption" in x else x["prompt"] for x in items]
             if not isinstance(items, list) or not all(isinstance(x, str) for x in lines):
                 raise TypeError("not a list, or a prompt that is no text")
-        except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{path!r} is not a JSON list of strings or of objects with caption or prompt ({e})") from e
-    prompts = [line.strip() for line in lines if line.strip()]
+        except (ValueError, TypeError, KeyError, csv.Error) as e:
+            what = {".json": "a JSON list of strings or of objects", ".jsonl": "JSON lines, strings or objects", ".csv": "a CSV table"}[kind]
+            raise UserError(f"{path!r} is not {what} with caption or prompt ({e})") from e
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts file {path!r} is empty: give a text file with one prompt a line")
     return prompts

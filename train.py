@@ -38,13 +38,15 @@ import torch
 import toy
 from divergences import NAMES, get_divergence
 from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
-from judges import JUDGES, load_judge
+from judges import JUDGES, WeightsMissing, find_url, load_judge
 from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
-from sample import (TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
+from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
                     load_pipeline, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
                     progress_bar, resolve_model, run_cli, save_lora, set_lora, write_file)
 
-FREE_ON_RESUME = ("resume", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device")
+SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_training_and_inference/assets/prompts/4k_training_prompts.json",
+               "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4")  # sha256; 4,000 captions of Pick-a-Pic v1
+FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device")
 
 
 def build_parser(preset):
@@ -64,7 +66,9 @@ def build_parser(preset):
     flag("log_ratio", "mean", "log X as the mean or the sum over the latent's dimensions", choices=REDUCE)
     flag("model", "auto", "auto, toy, a diffusers folder or a hub id")
     flag("judge", "auto", "auto, " + ", ".join(JUDGES))
-    flag("prompts", None, "a .txt file, one prompt a line, or a .json list (default: the toy's own)", type=str)
+    flag("weights", None, "a folder with the judge's weights, in place of the hub (judges.py says how)", type=str)
+    flag("prompts", None, "a .txt file, one prompt a line, or .json, .jsonl, .csv (default: the toy's own; for SD1.5 SPO's 4,000, "
+         "downloaded once)", type=str)
     # sampling
     flag("num_epochs", 10, "passes over the prompts")
     flag("sample_batch_size", 10, "prompts a rollout")
@@ -113,7 +117,7 @@ def parse(argv):
         args.output_dir = os.path.join("out", f"{os.path.basename(where.rstrip('/'))}-{tag}")
     args.model = "toy" if is_toy else where
     if args.judge == "auto":
-        args.judge = "taste" if is_toy else "pickscore"
+        args.judge = "taste" if is_toy else "step_aware"
     if args.resume:
         args = resumed_args(args, typed)
     return args, why
@@ -167,12 +171,27 @@ def validate(args):
     return div, args.beta / div.curvature if args.match_curvature else args.beta
 
 
+def spo_prompts(weights=None):
+    """Path of SPO's training prompts, downloaded once and checked. Raises UserError if they cannot be had or are others."""
+    url, sha = SPO_PROMPTS
+    try:
+        path = find_url(url, weights)
+    except WeightsMissing as e:
+        raise UserError(f"SPO's training prompts: {e}; or give --prompts FILE") from e
+    with open(path, "rb") as f:
+        if hashlib.sha256(f.read()).hexdigest() != sha:
+            raise UserError(f"{path} is not the file of SPO's 4,000 prompts (its checksum differs): delete it, or give --prompts FILE")
+    return path
+
+
 def split_prompts(args):
     """(training prompts, held-out prompts): held out evenly through the file, whatever the seed, so runs compare."""
     if args.prompts:
         prompts = read_prompts(args.prompts)
     elif args.model == "toy":
         prompts = toy.prompts()
+    elif args.model == SD15:
+        prompts = read_prompts(spo_prompts(args.weights))
     else:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line, or SPO's 4k_training_prompts.json")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -388,7 +407,7 @@ def setup(args):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     pipe = load_pipeline(args.model, device, dtype)
-    judge = load_judge(args.judge, device)
+    judge = load_judge(args.judge, device, args.weights)
     torch.manual_seed(args.seed)
     params = add_lora(pipe.unet, args.rank)  # a list: see there
     opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8)

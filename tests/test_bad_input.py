@@ -65,6 +65,32 @@ def test_json_prompts(tmp_path, content, ok):
             sample.read_prompts(str(path))
 
 
+@pytest.mark.parametrize("name, content, ok", [
+    ("p.jsonl", '{"prompt": "a sun", "id": 1}\n\n"a  moon"\n', True), ("p.csv", 'id,caption\n1,a sun\n2,"a moon"\n', True),
+    ("p.CSV", 'prompt\na sun\n"a\nmoon"\n', True), ("p.jsonl", '{"prompt": "a sun"\n', False), ("p.csv", "text\na sun\n", False),
+    ("p.csv", "id,caption\n1\n", False)])
+def test_jsonl_and_csv_prompts(tmp_path, name, content, ok):
+    path = tmp_path / name
+    path.write_text(content)
+    if ok:
+        assert sample.read_prompts(str(path)) == ["a sun", "a moon"]
+    else:
+        with pytest.raises(sample.UserError, match="with caption or prompt") as e:
+            sample.read_prompts(str(path))
+        assert name in str(e.value)
+
+
+def test_spo_prompts_are_checked(tmp_path, monkeypatch):
+    path = tmp_path / "4k_training_prompts.json"
+    with pytest.raises(sample.UserError, match="SPO's training prompts: .* is not there: curl"):
+        train.spo_prompts(str(tmp_path))
+    path.write_text('[{"caption": "a sun"}]')
+    with pytest.raises(sample.UserError, match="checksum differs"):
+        train.spo_prompts(str(tmp_path))
+    monkeypatch.setattr(train, "SPO_PROMPTS", (train.SPO_PROMPTS[0], __import__("hashlib").sha256(path.read_bytes()).hexdigest()))
+    assert sample.read_prompts(train.spo_prompts(str(tmp_path))) == ["a sun"]
+
+
 def test_a_model_that_needs_prompts_says_so(command, micro, tmp_path):
     code, _, err = command("train.py", "--model", micro, "--judge", "taste", "--output_dir", tmp_path / "r")
     assert code == 2 and "needs --prompts FILE" in err

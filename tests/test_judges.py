@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 import judges
 import sample
-from weights import blip_state, fill, flant5_state, golden, ids, noise
+from weights import blip_state, fill, flant5_state, golden, ids, noise, step_aware_state
 
 
 PROMPTS = ["a red sun over a sea", "a white moon", "a large yellow sun over hills under a pink sky"]
@@ -71,6 +71,90 @@ def test_clip_is_transformers(tiny_judges, name, folder):
     torch.testing.assert_close(judge(x[:1], text[1:2]), want[:1, 1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(judge.embed(x), out.image_embeds, rtol=1e-4, atol=1e-6)
     assert want.std() > 1e-3
+
+
+# ---- the step-aware preference model, against its formula written out in float64
+
+def step_aware_by_hand(state, config, pixels, t):
+    """(N, D) image features, not normalised, from the checkpoint's tensors alone: SPO's time-conditioned CLIP, line by line."""
+    s = {k.removeprefix("model."): v.double() for k, v in state.items()}
+    linear = lambda x, name: x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * s[f"{name}.weight"] + s[f"{name}.bias"]
+    silu = lambda x: x * torch.sigmoid(x)
+    gelu = lambda x: x * (1 + torch.erf(x / 2 ** .5)) / 2
+    freq = torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
+    angle = t.double()[:, None] * freq
+    c = linear(silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    P, H, heads = config.patch_size, config.hidden_size, config.num_attention_heads
+    patches = pixels.double().unfold(2, P, P).unfold(3, P, P)                                     # (N, 3, h, w, P, P)
+    x = torch.einsum("nchwij,dcij->nhwd", patches, s["vision_model.embeddings.patch_embedding.weight"]).flatten(1, 2)
+    x = torch.cat([s["vision_model.embeddings.class_embedding"].expand(len(x), 1, H), x], 1) + s["vision_model.embeddings.position_embedding.weight"]
+    x = norm(x, "vision_model.pre_layrnorm")
+    for i in range(config.num_hidden_layers):
+        layer = f"vision_model.encoder.layers.{i}."
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(silu(c), f"{layer}adaLN_modulation.1").view(-1, 6, 1, H).unbind(1)
+        h = norm(x, f"{layer}layer_norm1") * (1 + scale1) + shift1
+        q, k, v = (linear(h, f"{layer}self_attn.{n}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv")
+        a = (q @ k.mT / (H // heads) ** .5).softmax(-1) @ v
+        x = x + gate1 * linear(a.transpose(1, 2).flatten(2), f"{layer}self_attn.out_proj")
+        h = norm(x, f"{layer}layer_norm2") * (1 + scale2) + shift2
+        x = x + gate2 * linear(gelu(linear(h, f"{layer}mlp.fc1")), f"{layer}mlp.fc2")
+    shift, scale = linear(silu(c), "vision_model.adaLN_modulation.1").chunk(2, 1)
+    return (norm(x[:, 0], "vision_model.post_layernorm") * (1 + scale) + shift) @ s["visual_projection.weight"].T
+
+
+def test_step_aware_is_its_formula(tiny_judges):
+    judge = judges.load_judge("step_aware", "cpu", tiny_judges)
+    state = torch.load(f"{tiny_judges}/Step-Aware_Preference_Models/{judge.FILE}", weights_only=True)
+    pixels, t = noise("pixels", (4, 3, 28, 28)), torch.tensor([951, 401, 1, 0])
+    want = step_aware_by_hand(state, judge.clip.config.vision_config, pixels, t)
+    with torch.no_grad():
+        got32 = judge.embed_at(pixels, t)
+        judge.clip.double()
+        torch.testing.assert_close(judge.embed_at(pixels.double(), t).double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got32, want.float(), rtol=1e-3, atol=1e-4)
+    assert (want[2] - want[3]).abs().max() > 1e-4 and (want[0] - step_aware_by_hand(state, judge.clip.config.vision_config, pixels[:1], t[3:])).abs().max() > 1e-2
+
+
+def test_step_aware_score(tiny_judges):
+    """exp(logit_scale) * cosine, t None is 0, and its resize is bicubic without antialias, clamped."""
+    judge, x = judges.load_judge("step_aware", "cpu", tiny_judges), images(3, 3, 40, 60)
+    text, t = judge.encode(PROMPTS), torch.tensor([951, 501, 1])
+    resized = F.interpolate(2 * x - 1, size=(28, 42), mode="bicubic", align_corners=False)[..., 7:35]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (judges.CLIP_MEAN, judges.CLIP_STD))
+    pixels = ((resized / 2 + .5).clamp(0, 1) - mean) / std
+    torch.testing.assert_close(judge.shrink(x), pixels, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        want = judge.clip.logit_scale.exp() * F.cosine_similarity(judge.embed_at(pixels, t), text)
+    torch.testing.assert_close(judge(x, text, t), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(judge(x, text), judge(x, text, torch.zeros(3)))
+    assert (judge(x, text, t) - judge(x, text)).abs().max() > 1e-2
+
+
+def test_step_aware_with_idle_gates_is_plain_clip(tiny_judges, tmp_path):
+    from transformers import CLIPModel
+    clip = CLIPModel.from_pretrained(f"{tiny_judges}/PickScore_v1").eval()
+    folder = shutil.copytree(tiny_judges, tmp_path / "w")
+    torch.save(step_aware_state(clip, plain=True), folder / "Step-Aware_Preference_Models" / judges.StepAware.FILE)
+    judge, pixels = judges.load_judge("step_aware", "cpu", str(folder)), noise("pixels", (3, 3, 28, 28))
+    with torch.no_grad():
+        want = clip.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(judge.embed_at(pixels, torch.tensor([951, 401, 1])), want, rtol=1e-4, atol=1e-5)
+
+
+def test_step_aware_full_size():
+    """1,306 M parameters, 318 M of them for time; a state of these names and shapes loads strictly."""
+    from transformers import CLIPModel
+    with torch.device("meta"):
+        model = judges.add_time(CLIPModel(judges.vit_h()))
+        plain = sum(p.numel() for p in CLIPModel(judges.vit_h()).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert round(total / 1e6) == 1306 and round((total - plain) / 1e6) == 320  # 318 in adaLN, 2 in the timestep's MLP
+    with torch.device("meta"):
+        state = {k.removeprefix("model."): v for k, v in step_aware_state(CLIPModel(judges.vit_h()), plain=True).items() if "position_ids" not in k}
+    assert_fits(model, state)
 
 
 def test_aesthetic_is_of_normalised_embeddings(tiny_judges):
@@ -266,6 +350,7 @@ CHECKPOINTS = [
     ("hps", "HPSv2/HPS_v2_compressed.pt", lambda s: s.pop("visual.proj"), "lacks 1 of the model's keys, such as visual_projection.weight"),
     ("hps", "HPSv2/HPS_v2_compressed.pt", lambda s: s.update(extra=torch.zeros(1)), "has surplus 1 of the model's keys, such as extra"),
     ("hps", "HPSv2/HPS_v2_compressed.pt", lambda s: s.update({"ln_final.bias": torch.zeros(3)}), "has wrongly shaped 1 of the model's keys"),
+    ("step_aware", "Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin", lambda s: s.pop("model.t_embedder.mlp.0.bias"), "lacks 1"),
     ("imagereward", "ImageReward/ImageReward.pt", lambda s: s.pop("mlp.layers.4.bias"), "lacks 1"),
     ("imagereward", "ImageReward/ImageReward.pt", lambda s: s.update(mystery=torch.zeros(1)), "such as mystery"),
     ("vqascore", "clip-flant5-xxl/pytorch_model-00001-of-00002.bin", lambda s: s.pop("lm_head.weight"), "such as lm_head.weight"),
@@ -316,7 +401,7 @@ def test_a_wrong_checkpoint_is_one_line(tiny_judges, tmp_path, command):
 
 def test_load_judge(tiny_judges):
     assert judges.load_judge("taste").name == "taste"
-    with pytest.raises(sample.UserError, match="choose one of taste, clipscore"):
+    with pytest.raises(sample.UserError, match="choose one of taste, step_aware"):
         judges.load_judge("mother")
     with pytest.raises(sample.UserError, match="no weights folder"):
         judges.load_judge("hps", "cpu", "nowhere")

@@ -3,6 +3,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+import judges
 import sample
 import toy
 import train
@@ -376,3 +378,43 @@ def test_a_finite_loss_with_a_broken_gradient_does_not_reach_the_weights(started
     with pytest.raises(FloatingPointError):
         train.optimiser_step(run.pipe, run.pairs, torch.arange(4), null, get_divergence("fkl"), beta, run.args, run.params, run.opt, run.scaler)
     assert all(torch.equal(a, b) for a, b in zip(before, run.params))
+
+
+HUB = """import os, sys
+sys.path[:0] = sys.argv[1:3]
+import judges, sample, train, weights
+from transformers import CLIPConfig
+config = CLIPConfig.from_pretrained(os.path.join(sys.argv[3], "CLIP-ViT-H-14-laion2B-s32B-b79K"))
+judges.vit_h = lambda: config  # the one size that no file states
+sys.argv = ["train.py", *sys.argv[4:]]
+sample.run_cli(train.main)
+"""
+
+
+def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path):
+    """Offline after the first download: SD1.5's own id, the step-aware judge and SPO's prompts, found where the hub's
+    library and torch.hub keep what they downloaded; here small things of the same formats lie there."""
+    def cached(repo, source, names=None):
+        home = tmp_path / "hub" / ("models--" + repo.replace("/", "--"))
+        (home / "refs").mkdir(parents=True)
+        (home / "refs/main").write_text("a" * 40)
+        if names is None:
+            shutil.copytree(source, home / "snapshots" / ("a" * 40))
+        else:
+            (home / "snapshots" / ("a" * 40)).mkdir(parents=True)
+            for n in names:
+                shutil.copy(os.path.join(source, n), home / "snapshots" / ("a" * 40) / n)
+    cached(sample.SD15, micro)
+    cached(judges.CLIP_H, os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    cached(judges.StepAware.REPO, os.path.join(weights_dir, "Step-Aware_Preference_Models"), [judges.StepAware.FILE])
+    prompts = tmp_path / "4k.json"
+    prompts.write_text(json.dumps([{"caption": c, "trainset_idx": i} for i, c in enumerate(toy.prompts()[:8])]))
+    flags = ["--model", sample.SD15, "--prompts", prompts, "--max_train_steps", 1, "--sample_batch_size", 3, "--num_children", 2, "--first_step", 1,
+             "--threshold", 0, "--num_inference_steps", 4, "--train_batch_size", 2, "--num_eval_prompts", 2, "--images_per_prompt", 1,
+             "--device", "cpu", "--output_dir", tmp_path / "run"]
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", HUB, ROOT, os.path.join(ROOT, "tests"), weights_dir, *map(str, flags)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["args"]["judge"] == "step_aware" and config["args"]["model"] == sample.SD15
+    assert "step_aware (the judge)" in done.stdout and (tmp_path / "run" / sample.LORA_FILE).exists()

@@ -96,6 +96,21 @@ def to_open_clip(clip):
     return {k: v.contiguous() for k, v in out.items()}
 
 
+def step_aware_state(clip, plain=False):
+    """The public checkpoint's names: a CLIPModel's, and the time conditioning's. plain: gates 1, shifts and scales 0."""
+    H = clip.config.vision_config.hidden_size
+    state = {f"model.{k}": v.detach().clone() for k, v in clip.state_dict().items()} | {"model.text_model.embeddings.position_ids": torch.arange(16)[None]}
+    for name, n in (*((f"vision_model.encoder.layers.{i}.", 6) for i in range(clip.config.vision_config.num_hidden_layers)), ("vision_model.", 2)):
+        key = f"model.{name}adaLN_modulation.1."
+        gates = torch.tensor([0., 0., 1., 0., 0., 1.] if n == 6 else [0., 0.]).repeat_interleave(H)
+        state |= {key + "weight": torch.zeros(n * H, H), key + "bias": gates} if plain else {
+            key + "weight": fill(key + "weight", (n * H, H)), key + "bias": gates + fill(key + "bias", (n * H,))}
+    for i, width in ((0, 256), (2, H)):
+        key = f"model.t_embedder.mlp.{i}."
+        state |= {key + "weight": fill(key + "weight", (H, width)), key + "bias": fill(key + "bias", (H,))}
+    return state
+
+
 BLIP = dict(vision=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=16,
                         hidden_act="gelu", layer_norm_eps=1e-6),
             text=dict(vocab_size=120, hidden_size=24, encoder_hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -181,9 +196,13 @@ def weights_folder(folder):
     at = lambda name: os.path.join(folder, name)
     for i, name in enumerate(("CLIP-ViT-H-14-laion2B-s32B-b79K", "PickScore_v1", "clip-vit-large-patch14")):
         clip = tiny_clip(at(name), seed=i, act="quick_gelu" if i == 2 else "gelu")
+        if i == 1:
+            pick = clip
         if i == 0:
             os.makedirs(at("HPSv2"))
             torch.save({"epoch": 1, "name": "x", "state_dict": to_open_clip(clip)}, at("HPSv2/HPS_v2_compressed.pt"))
+    os.makedirs(at("Step-Aware_Preference_Models"))
+    torch.save(step_aware_state(pick), at("Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin"))
     torch.save(head_state(8, "layers."), at("sac+logos+ava1-l14-linearMSE.pth"))
     os.makedirs(at("ImageReward"))
     torch.save(blip_state(), at("ImageReward/ImageReward.pt"))
