@@ -496,8 +496,11 @@ class VQAScore:
         sizes = {k: config[k] for k in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
                                         "relative_attention_num_buckets", "relative_attention_max_distance") if k in config}
         # tie_word_embeddings must be said although T5Config ties anyway: here it means "do not scale the decoder's output"
+        state = read_folder(self.where)
+        if "shared.weight" in state:
+            sizes["vocab_size"] = len(state["shared.weight"])  # 32128, or 32100 once the unused rows are cut; config.json may lag
         t5_config = T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-        t5, eye, projector = self.split(read_folder(self.where))
+        t5, eye, projector = self.split(state)
         with torch.device("meta"):
             tied = T5ForConditionalGeneration(t5_config)
         # lm_head is a matrix of its own: while it is the same Parameter as shared, the last one loaded wins in silence

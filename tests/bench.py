@@ -3,6 +3,7 @@ What the loop costs, side by side with the SPO reference's way of doing the same
 
     python tests/bench.py                        the toy, on this machine
     python tests/bench.py --pairs 4 --repeats 5 --model DIR_OR_HUB_ID --device cuda
+    python tests/bench.py --loop [--model sd15 --device cuda --compile]      the whole loop by part; sd15: its size, random weights
     python tests/bench.py --fsim                 FSIM beside image-similarity-measures (pip install image-similarity-measures==0.3.6)
 
 Reference-like: each child with a policy and a reference prediction of its own (RockeyCoss/SPO does so, though winner and
@@ -23,6 +24,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
+import judges  # noqa: E402
+import sample  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from divergences import get_divergence  # noqa: E402
@@ -70,16 +73,149 @@ def bench_fsim(repeats, K=4, size=512):
           f"ours {b:.2f} s a pair, ratio {b / a:.2f}; largest difference of a value {worst:.0e}")
 
 
+def sd15(device, dtype):
+    """A Stable Diffusion v1.5 at its published size with random weights, and the toy's words: for time and memory alone."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    words = toy.tokenizer()
+    words.model_max_length = 77
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)    # diffusers' defaults are otherwise SD1.5's
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, scaling_factor=.18215,
+                            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    for part in (unet, vae, text):
+        part.requires_grad_(False).eval().to(dtype)
+    return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=words, unet=unet, scheduler=scheduler, safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
+
+
+def random_judge(device, dtype, full):
+    """The step-aware judge at its published size (or, for the CPU, tiny), random weights."""
+    from transformers import CLIPConfig, CLIPModel
+    config = judges.vit_h()
+    if not full:
+        small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        config = CLIPConfig(projection_dim=64, text_config=small, vision_config=small | dict(image_size=224, patch_size=32))
+    judge = object.__new__(judges.StepAware)
+    with torch.device(device):
+        judge.clip = judges.add_time(CLIPModel(config)).requires_grad_(False).eval().to(dtype)
+    judge.name, judge.times, judge.size, judge.tokenizer = "step_aware", None, config.vision_config.image_size, toy.tokenizer()
+    return judge
+
+
+class TextEveryStep:
+    """The reference's way with the judge: the prompt is encoded again for every child at every step."""
+
+    def __init__(self, judge):
+        self.judge, self.prompts = judge, None
+
+    def encode(self, prompts):
+        self.prompts = list(prompts)
+        return torch.arange(len(prompts), device=self.judge.clip.device)
+
+    def __call__(self, images, rows, t=None):
+        return self.judge(images, self.judge.encode([self.prompts[i] for i in rows.tolist()]), t)
+
+
+class Clock:
+    """Seconds by part; wraps functions, and waits for the device before it looks."""
+
+    def __init__(self, device):
+        self.seconds, self.sync = {}, torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def of(self, part, f):
+        def timed(*args, **kw):
+            self.sync()
+            start = time.perf_counter()
+            out = f(*args, **kw)
+            self.sync()
+            self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
+            return out
+        return timed
+
+
+def prompt_by_prompt(opts):
+    """Seconds a prompt of the whole loop, by part: a rollout and the training on its pairs, reference-like and ours."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device, full = opts.device, opts.model == "sd15"
+    half = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    args, _ = train.parse(["--model", "toy"] + (["--compile"] if opts.compile else []))
+    args.train_batch_size = min(opts.pairs, 10)
+    rows, prompts = [], toy.prompts()[:opts.prompts]
+    ways = ["reference-like", "ours"] + (["ours, compiled"] if opts.compile else [])
+    for way in ways:
+        torch.manual_seed(0)
+        pipe = sd15(device, half) if full else load_pipeline(opts.model, device, half)
+        reference = copy.deepcopy(pipe.unet) if way == "reference-like" else None
+        params = add_lora(pipe.unet, 4)
+        judge = random_judge(device, torch.float32 if way == "reference-like" else torch.float16 if device.startswith("cuda") else torch.float32, full)
+        judge = TextEveryStep(judge) if way == "reference-like" else judge
+        if "compiled" in way:
+            pipe.unet.compile()
+            pipe.vae.decoder.compile()
+        null, div, clock = encode_prompts(pipe, [""]), get_divergence("js"), Clock(device)
+        opt = torch.optim.AdamW(params, lr=1e-9)
+        step = (lambda *a: doubled_loss(pipe, reference, *a[1:])) if reference is not None else train.pair_loss
+        real = sample.predict_noise, sample.decode
+
+        def once(count):
+            generator = torch.Generator().manual_seed(0)
+            sample.predict_noise, sample.decode = clock.of("UNet", real[0]), clock.of("decode", real[1])
+            timed_judge = type("Timed", (), {"encode": staticmethod(judge.encode), "__call__": lambda self, *a: clock.of("judge", judge)(*a)})()
+            pairs = collect_pairs(pipe, timed_judge, prompts[:count], generator, threshold=0.0, decode_batch=8)
+            sample.predict_noise, sample.decode = real
+            def learn():
+                for index in torch.arange(len(pairs)).split(args.train_batch_size):
+                    step(pipe, pairs, index, null, div, args.beta, args)[0].backward()
+                opt.step()
+                opt.zero_grad()
+            clock.of("training", learn)()
+            return len(pairs)
+        once(len(prompts))      # warm-up: allocator, cuDNN's choices, compilation
+        clock.seconds.clear()
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        n = once(len(prompts))
+        clock.sync()
+        wall, parts = (time.perf_counter() - start) / len(prompts), {k: v / len(prompts) for k, v in clock.seconds.items()}
+        peak = f"{evaluate.peak_gb(device):.1f}" if device.startswith("cuda") else "-"  # of the process, it cannot be told apart
+        if way == "ours":
+            with FlopCounterMode(display=False) as counter:
+                once(1)
+            flops = counter.get_total_flops()
+        rows.append((way, wall, parts, peak, n / len(prompts)))
+        del pipe, reference, judge, params, opt
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{opts.model}, {where}, {len(prompts)} prompts a rollout, {rows[0][4]:.0f} pairs a prompt; seconds a prompt\n")
+    print("| loop | UNet | decode | judge | training | all | prompts an hour | peak GB | TFLOP/s of the work that ours needs |\n" + "|---" * 9 + "|")
+    for way, wall, parts, peak, _ in rows:
+        print(f"| {way} | " + " | ".join(f"{parts[k]:.3f}" for k in ("UNet", "decode", "judge", "training"))
+              + f" | {wall:.3f} | {3600 / wall:.0f} | {peak} | {flops / wall / 1e12:.3g} |")
+    print(f"\n{flops / 1e12:.4g} TFLOP a prompt (counted); ours is {rows[0][1] / rows[1][1]:.2f} times faster than reference-like, prompt by prompt"
+          + (f"; share of the FLOP floor at {opts.peak:g} TFLOP/s: " + ", ".join(f"{r[0]} {flops / r[1] / 1e12 / opts.peak:.0%}" for r in rows)
+             if device.startswith("cuda") else ""))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pairs", type=int, default=10, help="pairs a step")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--loop", action="store_true", help="time rollouts and training, by part, prompt by prompt; --model sd15 is SD1.5's "
+                        "size with random weights")
+    parser.add_argument("--prompts", type=int, default=4, help="of --loop: prompts a rollout")
+    parser.add_argument("--compile", action="store_true", help="of --loop: ours, compiled, as well")
+    parser.add_argument("--peak", type=float, default=790, help="of --loop on CUDA: TFLOP/s of the FLOP floor (H100, H200 in bf16: 790)")
     parser.add_argument("--fsim", action="store_true", help="time FSIM in place of the training step")
     opts = parser.parse_args()
     if opts.fsim:
         return bench_fsim(opts.repeats)
+    if opts.loop:
+        return prompt_by_prompt(opts)
     args, _ = train.parse(["--model", opts.model])
     pipe = load_pipeline(opts.model, opts.device, torch.float32)
     reference = copy.deepcopy(pipe.unet)
