@@ -5,15 +5,15 @@ Every model that scores an image against a prompt, behind one interface:
     text = judge.encode(prompts)          # a tensor with one row per prompt, so that text[i] is prompt i; asked once
     scores = judge(images, text, t=None)  # images (N, 3, H, W) in [0, 1], text (N, ...), t (N,) timesteps -> (N,)
 
-    name         what it is                              hub id, file                                      size     licence     scale           SD1.5 in the paper
-    taste        the toy's: warm light in the sky        none: a formula (toy.py)                          0        MIT         about -5 .. 10  -
-    step_aware   PickScore's CLIP, told the timestep     SPO-Diffusion-Models/Step-Aware_Preference_Models 5.2 GB   MIT (code)  ~100 * cosine   -
-    clipscore    CLIP ViT-H-14, as published             laion/CLIP-ViT-H-14-laion2B-s32B-b79K             3.9 GB   MIT         cosine          0.352
-    vqascore     FLAN-T5-xxl shown the image: "Yes"?     zhiqiulin/clip-flant5-xxl                         22.9 GB  Apache-2.0  probability     0.601
-    aesthetic    a linear head on CLIP ViT-L/14          openai/clip-vit-large-patch14 + LAION's file      1.7 GB   MIT, Apache about 1 .. 10   -
-    imagereward  BLIP, tuned on rankings                 THUDM/ImageReward, ImageReward.pt                 1.8 GB   Apache-2.0  mean 0, std 1   -
-    pickscore    CLIP ViT-H-14 tuned on Pick-a-Pic       yuvalkirstain/PickScore_v1                        3.9 GB   MIT (code)  ~100 * cosine   20.908
-    hps          CLIP ViT-H-14 tuned on HPD v2 (v2.0)    xswu/HPSv2, HPS_v2_compressed.pt                  2.0 GB   Apache-2.0  100 * cosine    26.933
+    name         what it is                            hub id, file                                        size     licence        scale            SD1.5 in the paper
+    taste        the toy's: warm light in the sky      none: a formula (toy.py)                            0        MIT            about -5 .. 10   -
+    step_aware   PickScore's CLIP, told the timestep   SPO-Diffusion-Models/Step-Aware_Preference_Models   5.2 GB   not checked    ~100 * cosine    -
+    clipscore    CLIP ViT-H-14, as published           laion/CLIP-ViT-H-14-laion2B-s32B-b79K               3.9 GB   MIT            cosine           0.352
+    vqascore     FLAN-T5-xxl shown the image: "Yes"?   zhiqiulin/clip-flant5-xxl                           22.9 GB  Apache-2.0     probability      0.601
+    aesthetic    a linear head on CLIP ViT-L/14        openai/clip-vit-large-patch14 + LAION's file        1.7 GB   MIT, Apache    about 1 .. 10    -
+    imagereward  BLIP, tuned on rankings               THUDM/ImageReward, ImageReward.pt                   1.8 GB   Apache-2.0     mean 0, std 1    -
+    pickscore    CLIP ViT-H-14 tuned on Pick-a-Pic     yuvalkirstain/PickScore_v1                          3.9 GB   MIT (code)     ~100 * cosine    20.908
+    hps          CLIP ViT-H-14 tuned on HPD v2 (v2.0)  xswu/HPSv2, HPS_v2_compressed.pt                    2.0 GB   Apache-2.0     100 * cosine     26.933
 
 ("-": the value is not at hand.) Which checkpoint, which scale and which resize make a published number: README, "The
 fourteen metrics". A folder of weights (--weights DIR) has one subfolder per hub id, named by its last part, as

@@ -90,6 +90,27 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     return pipe
 
 
+def load_preview(where, pipe):
+    """A tiny autoencoder (TAESD: madebyollin/taesd) that decodes what the judge sees, at a twentieth of the VAE's cost.
+
+    Raises UserError if it cannot be had, or its latents or images are not of the pipeline's shape.
+    """
+    from diffusers import AutoencoderTiny
+    try:
+        vae = AutoencoderTiny.from_pretrained(where, dtype=pipe.vae.dtype, use_safetensors=True,
+                                              local_files_only=os.path.isdir(where) or hub_out_of_reach())
+    except Exception as e:  # as in load_pipeline: a dozen types, one wrong model
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"cannot load the preview decoder {where!r}: give an AutoencoderTiny's folder or hub id, such as madebyollin/taesd ({first[:160]})") from e
+    vae.requires_grad_(False).eval().to(pipe.unet.device)
+    shapes = [(v.config.latent_channels, 2 ** (len(v.config.get("decoder_block_out_channels", v.config.get("block_out_channels"))) - 1))
+              for v in (vae, pipe.vae)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"the preview decoder {where!r} takes {shapes[0][0]} channels and enlarges {shapes[0][1]} times, the model's VAE "
+                        f"{shapes[1][0]} and {shapes[1][1]}: give one made for this model")
+    return vae
+
+
 def hub_out_of_reach():
     """True if the model hub cannot be reached: then only earlier downloads are looked at, and nobody waits for retries."""
     from huggingface_hub import constants
@@ -299,10 +320,12 @@ def predict_noise(unet, x_t, t, text, null, guidance):
 
 
 @torch.no_grad()
-def decode(pipe, latents, batch_size=16):
-    """Latents (N, 4, h, w) -> images (N, 3, H, W) fp32 in [0, 1]; in slices, since the VAE is the memory's peak."""
-    scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-    return torch.cat([(pipe.vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1) for z in scaled.split(batch_size)])
+def decode(pipe, latents, batch_size=16, vae=None):
+    """Latents (N, 4, h, w) -> images (N, 3, H, W) fp32 in [0, 1]; in slices, since the VAE is the memory's peak.
+    vae: a tiny autoencoder in place of the pipeline's own."""
+    vae = vae or pipe.vae
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    return torch.cat([(vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1) for z in scaled.split(batch_size)])
 
 
 @torch.no_grad()
@@ -354,7 +377,7 @@ class Pairs:
 
 @torch.no_grad()
 def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4, threshold=0.3, num_steps=20, eta=1.0,
-                  guidance=5.0, decode_batch=16, progress=None):
+                  guidance=5.0, decode_batch=16, progress=None, preview=None):
     """One rollout of SPO (arXiv 2406.04314, sec. 3): a trajectory per prompt, judged step by step. Returns Pairs.
 
     From step `first_step` on, every x_t gets num_children = K children x_{t-1}. The UNet's next predictions tell each
@@ -364,7 +387,9 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
     its prediction, already made to judge it, is its step's: 130 UNet rows per prompt at the default settings.
     judge: encode(prompts) -> text, one row per prompt, asked once; judge(images, text, t) -> (N,) scores. A NaN or
     infinite score makes its pair invalid. generator: of the CPU; the pairs are a function of its seed and the policy.
-    progress: called after each of the num_steps steps.
+    progress: called after each of the num_steps steps. preview: a tiny autoencoder that decodes for the judge; at every
+    fourth judged step the VAE does as well, and scores["preview_agreement"] is the share of children's pairs that both
+    order alike (it is not equivalent: 1/2 would be no relation at all).
     """
     if num_children < 2:
         raise ValueError("num_children must be at least 2: a pair needs two children")
@@ -379,12 +404,17 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
     judge_text = judge.encode(prompts)
     randn = lambda *shape: torch.randn(*shape, *latent_shape(pipe), generator=generator).to(device)
     found = {k: [] for k in ("x_t", "x_w", "x_l", "t", "prompt")}
-    all_scores, rows = [], torch.arange(P, device=device)
+    all_scores, agreement, rows = [], [], torch.arange(P, device=device)
 
     def judge_children(x0, t_child, parent, children, t):
         """x0, children: (P, K, 4, h, w). Keeps the clear pairs of this step; returns nothing."""
-        s = judge(decode(pipe, x0.flatten(0, 1), decode_batch), judge_text.repeat_interleave(K, 0),
-                  torch.full((P * K,), t_child, device=device)).float().view(P, K)
+        look = lambda vae: judge(decode(pipe, x0.flatten(0, 1), decode_batch, vae), judge_text.repeat_interleave(K, 0),
+                                 torch.full((P * K,), t_child, device=device)).float().view(P, K)
+        s = look(preview)
+        if preview is not None and len(all_scores) % 4 == 0:
+            i, j = torch.triu_indices(K, K, 1, device=device)
+            order, full = (v[:, i] - v[:, j] for v in (s, look(None)))
+            agreement.append(((order > 0) == (full > 0)).float().mean())
         all_scores.append(s)
         (best, w), (worst, l) = s.max(1), s.min(1)
         ok = s.isfinite().all(1) & (torch.tanh((best - worst) / 2) > threshold)  # = softmax gap of the two
@@ -414,6 +444,8 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
     judge_children(children, 0, parent, children, timesteps[-1])
     s = torch.stack(all_scores)     # (steps, P, K)
     scores = {"mean": s.mean().item(), "std": s.std().item(), "final": s[-1].mean().item()}
+    if agreement:
+        scores["preview_agreement"] = torch.stack(agreement).mean().item()
     return Pairs(**{k: torch.cat(v) for k, v in found.items()}, text=text, scores=scores, candidates=len(all_scores) * P)
 
 

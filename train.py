@@ -41,7 +41,7 @@ from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
 from judges import JUDGES, WeightsMissing, find_url, load_judge
 from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
 from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
-                    load_pipeline, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
+                    load_pipeline, load_preview, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
                     progress_bar, resolve_model, run_cli, save_lora, set_lora, write_file)
 
 SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_training_and_inference/assets/prompts/4k_training_prompts.json",
@@ -67,6 +67,8 @@ def build_parser(preset):
     flag("model", "auto", "auto, toy, a diffusers folder or a hub id")
     flag("judge", "auto", "auto, " + ", ".join(JUDGES))
     flag("weights", None, "a folder with the judge's weights, in place of the hub (judges.py says how)", type=str)
+    flag("preview_decoder", None, "a tiny autoencoder (madebyollin/taesd) that decodes for the judge: faster, not equivalent; its agreement "
+         "with the VAE is logged", type=str)
     flag("prompts", None, "a .txt file, one prompt a line, or .json, .jsonl, .csv (default: the toy's own; for SD1.5 SPO's 4,000, "
          "downloaded once)", type=str)
     # sampling
@@ -263,7 +265,7 @@ class Run:
         self.args, self.pipe, self.params, self.opt, self.scaler = args, pipe, params, opt, scaler
         self.folder, self.stop = args.output_dir, False
         self.rollout = self.step = self.done = 0     # done: pairs of this rollout already trained on
-        self.pairs = self.order = None
+        self.pairs = self.order = self.preview = None
         self.log_path, self.state_path = (os.path.join(self.folder, f) for f in ("metrics.jsonl", "state.pt"))
 
     def begin(self, held_out):
@@ -407,6 +409,7 @@ def setup(args):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     pipe = load_pipeline(args.model, device, dtype)
+    preview = load_preview(args.preview_decoder, pipe) if args.preview_decoder else None
     judge = load_judge(args.judge, device, args.weights)
     torch.manual_seed(args.seed)
     params = add_lora(pipe.unet, args.rank)  # a list: see there
@@ -418,7 +421,9 @@ def setup(args):
     if args.compile:
         pipe.unet.compile()
     make_folder(os.path.join(args.output_dir, "samples"))
-    return Run(args, pipe, params, opt, scaler), judge
+    run = Run(args, pipe, params, opt, scaler)
+    run.preview = preview
+    return run, judge
 
 
 def rollout(run, judge, prompts, bar):
@@ -435,10 +440,12 @@ def rollout(run, judge, prompts, bar):
         bar.update(0)
         run.check_stop()
     run.pairs = collect_pairs(run.pipe, judge, batch, generator, args.num_children, args.first_step, args.threshold,
-                              args.num_inference_steps, args.eta, args.guidance_scale, progress=progress)
+                              args.num_inference_steps, args.eta, args.guidance_scale, progress=progress,
+                              preview=run.preview)
     run.order, run.done = torch.randperm(len(run.pairs), generator=generator), 0
     s = run.pairs.scores
-    run.log("rollout", epoch=epoch, judge_mean=s["mean"], judge_std=s["std"], judge_final=s["final"], pairs=len(run.pairs),
+    run.log("rollout", epoch=epoch, judge_mean=s["mean"], judge_std=s["std"], judge_final=s["final"],
+            **{k: s[k] for k in s if k == "preview_agreement"}, pairs=len(run.pairs),
             valid=len(run.pairs) / run.pairs.candidates, seconds=time.time() - start, peak_gb=peak_gb(run.pipe.unet.device))
 
 

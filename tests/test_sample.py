@@ -312,3 +312,51 @@ def test_command_writes_images_and_a_grid(command, micro, tmp_path):
 def test_bad_input(command, micro, tmp_path, argv, words):
     code, _, err = command("sample.py", *argv, "--model", micro, "--output_dir", tmp_path / "o")
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+def tiny_decoder(folder, blocks=3):
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(encoder_block_out_channels=(8,) * blocks, decoder_block_out_channels=(8,) * blocks, num_encoder_blocks=(1,) * blocks,
+                          num_decoder_blocks=(1,) * blocks, latent_channels=4, scaling_factor=1.0)
+    vae.save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+class Contrast:
+    def encode(self, prompts):
+        return torch.zeros(len(prompts), 0)
+
+    def __call__(self, images, text, t=None):
+        return 1000 * images.flatten(1).std(1)
+
+
+def test_preview_decoder(micro, tmp_path):
+    """With the VAE itself as preview nothing changes and they agree; a tiny one is measured against it."""
+    pipe = sample.load_pipeline(micro)
+    def collect(preview):
+        return sample.collect_pairs(pipe, Contrast(), ["a sun", "a moon"], torch.Generator().manual_seed(0), 3, 1, 0.0, 6, preview=preview)
+    plain, same = collect(None), collect(pipe.vae)
+    assert same.scores.pop("preview_agreement") == 1 and "preview_agreement" not in plain.scores
+    assert plain.scores == same.scores and torch.equal(plain.x_w, same.x_w)
+    other = sample.load_preview(tiny_decoder(tmp_path / "tiny"), pipe)
+    z = torch.randn(3, 4, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(sample.decode(pipe, z, 2, other), (other.decode(z).sample / 2 + .5).clamp(0, 1))
+    seen = []
+    real = sample.decode
+    try:
+        sample.decode = lambda p, x, b, vae=None: seen.append((vae, real(p, x, b, vae))) or seen[-1][1]
+        got = collect(other).scores["preview_agreement"]
+    finally:
+        sample.decode = real
+    shares = []  # steps where the VAE looked as well: its images stand right after the preview's
+    for (a, x), (b, y) in zip(seen, seen[1:]):
+        if a is other and b is None:
+            s, f = (Contrast()(v, None).view(2, 3) for v in (x, y))
+            shares += [float((s[p, i] > s[p, j]) == (f[p, i] > f[p, j])) for p in range(2) for i in range(3) for j in range(i + 1, 3)]
+    assert len(shares) == 2 * 2 * 3 and got == pytest.approx(sum(shares) / len(shares))
+    with pytest.raises(sample.UserError, match="enlarges 8 times, the model's VAE 4 and 4"):
+        sample.load_preview(tiny_decoder(tmp_path / "large", 4), pipe)
+    with pytest.raises(sample.UserError, match="such as madebyollin/taesd"):
+        sample.load_preview(str(tmp_path / "nowhere"), pipe)

@@ -418,3 +418,13 @@ def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["args"]["judge"] == "step_aware" and config["args"]["model"] == sample.SD15
     assert "step_aware (the judge)" in done.stdout and (tmp_path / "run" / sample.LORA_FILE).exists()
+
+
+def test_preview_agreement_is_logged(command, small_run, tmp_path):
+    from test_sample import tiny_decoder
+    out = tmp_path / "r"
+    code, _, err = command("train.py", *small_run, "--preview_decoder", tiny_decoder(tmp_path / "tiny"), "--max_train_steps", 1, "--output_dir", out)
+    assert code == 0, err
+    assert 0 <= records(out, "rollout")[0]["preview_agreement"] <= 1
+    code, _, err = command("train.py", *small_run, "--preview_decoder", tmp_path / "nowhere", "--output_dir", tmp_path / "q")
+    assert code == 2 and "such as madebyollin/taesd" in err and err.count("\n") == 1 and not (tmp_path / "q").exists()
