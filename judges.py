@@ -19,7 +19,7 @@ Every model that scores an image against a prompt, behind one interface:
 fourteen metrics". A folder of weights (--weights DIR) has one subfolder per hub id, named by its last part, as
 `hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir DIR/HPSv2` makes it; single files may lie in DIR itself.
 
-Your own judge is a class with these two methods and a line in JUDGES. Scores that are logits suit `--threshold`:
+Your own judge is a class with these two methods, made as Judge(device, weights), and a line in JUDGES. Scores that are logits suit `--threshold`:
 a pair is trained on if softmax([best, worst]) differs by more than it. A judge may offer report(images, prompts) ->
 {name: (N,)}, further figures for the tables.
 """
