@@ -6,6 +6,7 @@ Preference alignment of a text-to-image diffusion model under any f-divergence: 
     python train.py --div alpha --alpha 0.4 --seed 1        another divergence, another seed
     python train.py --div js --resume                       go on where a run was stopped or killed
     python train.py --div js --model DIR --prompts my.txt --judge pickscore     your model, prompts, judge
+    torchrun --standalone --nproc_per_node=4 train.py --div js --gradient_accumulation_steps 1     SPO's four GPUs
 
 The method is SPO (arXiv 2406.04314) with the loss of arXiv 2409.09774: every denoising step is a choice between
 children of one x_t, and loss = -log sigmoid(beta f'(X_w) - beta f'(X_l)), X = p_theta / p_ref of that step.
@@ -40,6 +41,7 @@ from divergences import NAMES, get_divergence
 from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
 from judges import JUDGES, WeightsMissing, find_url, load_judge
 from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
+from ranks import World, no_pairs
 from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, collect_pairs, encode_prompts, labelled_grid,
                     load_pipeline, load_preview, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
                     progress_bar, resolve_model, run_cli, save_lora, set_lora, write_file)
@@ -73,7 +75,7 @@ def build_parser(preset):
          "downloaded once)", type=str)
     # sampling
     flag("num_epochs", 10, "passes over the prompts")
-    flag("sample_batch_size", 10, "prompts a rollout")
+    flag("sample_batch_size", 10, "prompts a rollout, on every rank")
     flag("num_children", 4, "K: children of one x_t, at least 2")
     flag("first_step", 4, "the first step with children; earlier steps have one")
     flag("threshold", 0.3, "a pair counts if softmax([best, worst]) differs by more")
@@ -81,7 +83,7 @@ def build_parser(preset):
     flag("eta", 1.0, "DDIM noise; above 0, since children differ by it alone")
     flag("guidance_scale", 5.0, "in sampling and in training; <= 1 is none")
     # training
-    flag("train_batch_size", 10, "pairs a backward pass")
+    flag("train_batch_size", 10, "pairs a backward pass, on every rank")
     flag("gradient_accumulation_steps", 4, "backward passes an optimiser step")
     flag("learning_rate", 6e-5, "AdamW, constant")
     flag("adam_weight_decay", 1e-4, "AdamW's")
@@ -220,30 +222,46 @@ def pair_loss(pipe, pairs, index, null, div, beta, args):
     return alignment_loss(u_w, u_l, div, beta, args.clip_range, args.clip)
 
 
-def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scaler):
+def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scaler, world=None):
     """Accumulates the mean loss of a group of pairs, clips, steps. Returns (stats of every pair, grad norm).
+
+    Of several ranks each takes every size-th pair of the group, which is that much larger, and the gradients are summed:
+    the mean over all pairs of all ranks, whoever had how many.
 
     A short last group is divided by the full group's size, so that each pair of a rollout has the same weight in the
     gradient (AdamW forgives most of a gradient's scale, but its moments remember who was small).
     """
-    full = args.train_batch_size * args.gradient_accumulation_steps
-    stats = []
-    for index in group.split(args.train_batch_size):
+    world = world or World()
+    full = args.train_batch_size * args.gradient_accumulation_steps * world.size
+    mine, stats = group[world.rank::world.size], []
+    scaler.scale(torch.zeros(1, device=pipe.unet.device))  # makes its scale known to a rank without a pair, too
+    for index in mine.split(args.train_batch_size) if len(mine) else ():
         loss, s = pair_loss(pipe, pairs, index, null, div, beta, args)
         if not torch.isfinite(loss):
             i = int((~torch.isfinite(s["loss"])).nonzero()[0])
             raise FloatingPointError(f"timestep {int(pairs.t[index][i])}, X_w {float(s['X_w'][i]):g}, X_l {float(s['X_l'][i]):g}")
         scaler.scale(loss * (len(index) / full)).backward()
         stats.append(s)
+    world.sum_gradients(params)
     scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf)
     if not scaler.is_enabled() and not torch.isfinite(norm):  # the loss can saturate to 0 while its gradient overflows
         raise FloatingPointError(f"gradient norm {norm.item()}, timesteps {sorted(set(pairs.t[group].tolist()))}, "
-                                 f"X_w up to {max(s['X_w'].max().item() for s in stats):g}")
+                                 f"X_w up to {max((s['X_w'].max().item() for s in stats), default=math.nan):g}")
     scaler.step(opt)    # skipped by the scaler if fp16 gradients overflowed
     scaler.update()
     opt.zero_grad(set_to_none=True)
-    return {k: torch.cat([s[k] for s in stats]).cpu() for k in stats[0]}, norm.item()
+    return _join_stats(stats, len(group), world), norm.item()
+
+
+def _join_stats(stats, n, world):
+    """[{name: (n_i,)}] of this rank's batches -> {name: (n,)} over all ranks, in the group's order, on the CPU."""
+    if world.size == 1:
+        return {k: torch.cat([s[k] for s in stats]).cpu() for k in stats[0]}
+    names = ("loss", "margin", "accuracy", "X_w", "X_l", "clip_fraction")
+    table = torch.cat([torch.zeros(0, len(names)), *(torch.stack([s[k].float().cpu() for k in names], 1) for s in stats)])
+    where = torch.cat([torch.arange(n)[r::world.size] for r in range(world.size)])  # row i of the union is pair where[i]
+    return dict(zip(names, world.join_rows(table)[where.argsort()].unbind(1)))
 
 
 def step_record(stats, t):
@@ -264,26 +282,35 @@ class Run:
     def __init__(self, args, pipe, params, opt, scaler):
         self.args, self.pipe, self.params, self.opt, self.scaler = args, pipe, params, opt, scaler
         self.folder, self.stop = args.output_dir, False
-        self.rollout = self.step = self.done = 0     # done: pairs of this rollout already trained on
+        self.rollout = self.step = self.seen = 0     # seen: prompts of all finished rollouts, the epochs' in a row
+        self.done = 0                                # pairs of this rollout already trained on
         self.pairs = self.order = self.preview = None
+        self.world = World()
         self.log_path, self.state_path = (os.path.join(self.folder, f) for f in ("metrics.jsonl", "state.pt"))
 
     def begin(self, held_out):
         config = {"args": vars(self.args), "held_out": held_out, "command": " ".join(sys.argv), "versions": versions(), "git_commit": git_commit(),
                   "device": device_name(self.pipe.unet.device)}
-        if self.args.resume and os.path.exists(self.state_path):
+        there = os.path.exists(self.state_path)
+        self.world.any(False)  # nobody writes before all have looked
+        if self.args.resume and there:
             self.load()
+            self.world.any(False)
         elif self.args.resume and os.path.exists(self.log_path):
             raise UserError(f"nothing to resume in {self.folder!r}: its state.pt is gone; start again in another --output_dir")
+        if self.world.rank:
+            return
         write_file(os.path.join(self.folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
         if not os.path.exists(self.state_path):
             self.save()
 
     def save(self):
         """The LoRA for others, then all that a bit-for-bit continuation needs, its own copy of the LoRA included."""
+        if self.world.rank:
+            return
         pairs = None if self.pairs is None else vars(self.pairs)
         state = {"lora": lora_state(self.pipe.unet), "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
-                 "rollout": self.rollout, "step": self.step, "done": self.done, "pairs": pairs, "order": self.order,
+                 "rollout": self.rollout, "seen": self.seen, "step": self.step, "done": self.done, "pairs": pairs, "order": self.order,
                  "log_bytes": os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0}
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -295,18 +322,23 @@ class Run:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises many types for a damaged archive
             raise UserError(f"{self.state_path} is damaged ({type(e).__name__}): start again in another --output_dir") from e
+        if "seen" not in state:
+            raise UserError(f"{self.state_path} was written by an earlier version of this code: go on with that one, or start again in "
+                            "another --output_dir")
         set_lora(self.pipe.unet, state["lora"], self.state_path)
         self.opt.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.rollout, self.step, self.done, self.order = (state[k] for k in ("rollout", "step", "done", "order"))
+        self.rollout, self.seen, self.step, self.done, self.order = (state[k] for k in ("rollout", "seen", "step", "done", "order"))
         if state["pairs"]:
             device = self.pipe.unet.device
             self.pairs = Pairs(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in state["pairs"].items()})
-        if os.path.exists(self.log_path):
+        if os.path.exists(self.log_path) and not self.world.rank:
             os.truncate(self.log_path, min(state["log_bytes"], os.path.getsize(self.log_path)))
         print(f"resumed at optimiser step {self.step}, rollout {self.rollout + 1}")
 
     def log(self, kind, **record):
+        if self.world.rank and kind != "error":
+            return
         try:
             with open(self.log_path, "a") as f:
                 f.write(json.dumps({"kind": kind, "step": self.step, "rollout": self.rollout, **record}) + "\n")
@@ -314,8 +346,8 @@ class Run:
             raise UserError(f"cannot write {self.log_path} ({e.strerror}): free some space, then --resume") from e
 
     def check_stop(self):
-        """Called wherever the state is whole or untouched since it was: SIGINT and SIGTERM end the run here."""
-        if self.stop:
+        """Called wherever the state is whole or untouched since it was, by all ranks: SIGINT and SIGTERM end the run here."""
+        if self.world.any(self.stop):
             self.save()
             raise KeyboardInterrupt
 
@@ -398,9 +430,9 @@ def draw_curves(run):
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
-def setup(args):
+def setup(args, world=None):
     """Model, judge, LoRA, optimiser, folder; everything that can be wrong is found before a file is written."""
-    device = pick_device(args.device)
+    device = world.device if world else pick_device(args.device)
     if args.mixed_precision == "auto":
         args.mixed_precision = "bf16" if device.startswith("cuda") else "no"  # so that config.json says what it was
     precision = args.mixed_precision
@@ -413,7 +445,8 @@ def setup(args):
     judge = load_judge(args.judge, device, args.weights)
     torch.manual_seed(args.seed)
     params = add_lora(pipe.unet, args.rank)  # a list: see there
-    opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8)
+    opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8,
+                            fused=device.startswith("cuda"))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -422,27 +455,34 @@ def setup(args):
         pipe.unet.compile()
     make_folder(os.path.join(args.output_dir, "samples"))
     run = Run(args, pipe, params, opt, scaler)
-    run.preview = preview
+    run.preview, run.world = preview, world or World()
     return run, judge
 
 
 def rollout(run, judge, prompts, bar):
-    """Fills run.pairs and run.order for this rollout, a function of (seed, rollout, weights) alone."""
-    args, start = run.args, time.time()
-    per_epoch = math.ceil(len(prompts) / args.sample_batch_size)
-    epoch, i = divmod(run.rollout, per_epoch)
+    """Fills run.pairs and run.order for this rollout, a function of (seed, rollout, weights, number of ranks) alone."""
+    args, world, start = run.args, run.world, time.time()
+    epoch, at = divmod(run.seen, len(prompts))
     shuffled = np.random.default_rng((args.seed, epoch)).permutation(len(prompts))
-    batch = [prompts[k] for k in shuffled[i * args.sample_batch_size:(i + 1) * args.sample_batch_size]]
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((args.seed, run.rollout)).generate_state(1)[0]))
+    batch = shuffled[at:at + args.sample_batch_size * world.size]
+    mine = [prompts[k] for k in np.array_split(batch, world.size)[world.rank]]  # none, perhaps, at an epoch's end
+    seed = np.random.SeedSequence((args.seed, run.rollout, world.rank)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
     steps_done = iter(range(1, args.num_inference_steps + 1))
     def progress():
-        bar.n = run.rollout + next(steps_done) / args.num_inference_steps
+        bar.n = run.seen + len(batch) * next(steps_done) / args.num_inference_steps
         bar.update(0)
         run.check_stop()
-    run.pairs = collect_pairs(run.pipe, judge, batch, generator, args.num_children, args.first_step, args.threshold,
-                              args.num_inference_steps, args.eta, args.guidance_scale, progress=progress,
-                              preview=run.preview)
-    run.order, run.done = torch.randperm(len(run.pairs), generator=generator), 0
+    if mine:
+        pairs = collect_pairs(run.pipe, judge, mine, generator, args.num_children, args.first_step, args.threshold,
+                              args.num_inference_steps, args.eta, args.guidance_scale, progress=progress, preview=run.preview)
+    else:
+        pairs = no_pairs(run.pipe)
+        for _ in range(args.num_inference_steps):  # the other ranks ask at every step whether to stop
+            progress()
+    run.pairs = world.join_pairs(pairs)
+    order = torch.randperm(len(run.pairs), generator=generator)
+    run.order, run.done = world.join_rows(order if world.rank == 0 else order[:0]), 0  # rank 0's, for all
     s = run.pairs.scores
     run.log("rollout", epoch=epoch, judge_mean=s["mean"], judge_std=s["std"], judge_final=s["final"],
             **{k: s[k] for k in s if k == "preview_agreement"}, pairs=len(run.pairs),
@@ -451,11 +491,13 @@ def rollout(run, judge, prompts, bar):
 
 def train_on_rollout(run, div, beta, null, bar):
     """One pass over run.pairs in run.order, from run.done on; checkpoints on the way. Returns False at max_train_steps."""
-    args, size = run.args, run.args.train_batch_size * run.args.gradient_accumulation_steps
+    args = run.args
+    size = args.train_batch_size * args.gradient_accumulation_steps * run.world.size
     while run.done < len(run.pairs):
         group, start = run.order[run.done:run.done + size], time.time()
         try:
-            stats, norm = optimiser_step(run.pipe, run.pairs, group, null, div, beta, args, run.params, run.opt, run.scaler)
+            stats, norm = optimiser_step(run.pipe, run.pairs, group, null, div, beta, args, run.params, run.opt, run.scaler,
+                                         run.world)
         except FloatingPointError as e:
             run.log("error", message=f"not finite: {e}")
             raise UserError(f"loss or gradient is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
@@ -475,58 +517,78 @@ def train_on_rollout(run, div, beta, null, bar):
 
 def train(run, judge, prompts, held_out, div, beta):
     """Rollouts until the epochs, or --max_train_steps, are through; a picture after every epoch."""
-    args = run.args
-    per_epoch = math.ceil(len(prompts) / args.sample_batch_size)
+    args, first = run.args, run.world.rank == 0
     null, shown = encode_prompts(run.pipe, [""]), held_out[:4]
-    reference = paint(run.pipe, shown, 6, args, reference=True)
+    reference = paint(run.pipe, shown, 6, args, reference=True) if first else None
+    def picture(epoch):
+        if first:
+            save_samples(run, shown, epoch, reference)
     if run.rollout == 0 and run.pairs is None:
-        save_samples(run, shown, 0, reference)
-    limit = args.max_train_steps
-    with progress_bar(total=per_epoch * args.num_epochs, initial=run.rollout,
-                      bar_format="{l_bar}{bar}| {n:.1f}/{total} rollouts [{elapsed}<{remaining}]{postfix}") as bar:
-        while run.rollout < per_epoch * args.num_epochs and not 0 < limit <= run.step:
+        picture(0)
+    limit, N = args.max_train_steps, len(prompts)
+    with progress_bar(total=N * args.num_epochs, initial=run.seen, disable=not first,
+                      bar_format="{l_bar}{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]{postfix}") as bar:
+        while run.seen < N * args.num_epochs and not 0 < limit <= run.step:
             run.check_stop()
             if run.pairs is None:
                 rollout(run, judge, prompts, bar)
-            if len(run.pairs) == 0:
+            if len(run.pairs) == 0 and first:
                 print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
                       f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
             if not train_on_rollout(run, div, beta, null, bar):
                 break
-            run.rollout, run.pairs, run.order, run.done = run.rollout + 1, None, None, 0
-            if run.rollout % per_epoch == 0:
-                save_samples(run, shown, run.rollout // per_epoch, reference)
-    if run.done or run.rollout % per_epoch:  # --max_train_steps cut an epoch short: its picture all the same
-        save_samples(run, shown, run.rollout // per_epoch + 1, reference)
+            run.rollout, run.seen = run.rollout + 1, run.seen + len(run.pairs.text)
+            run.pairs, run.order, run.done = None, None, 0
+            if run.seen % N == 0:
+                picture(run.seen // N)
+    if run.done or run.seen % N:  # --max_train_steps cut an epoch short: its picture all the same
+        picture(run.seen // N + 1)
     run.save()
     run.check_stop()
 
 
 def main():
-    args, why = parse(sys.argv[1:])
-    div, beta = validate(args)
-    prompts, held_out = split_prompts(args)
-    print(f"model: {args.model} ({why}); judge: {args.judge}; {len(prompts)} training prompts, {len(held_out)} held out")
+    world = World.from_env()
+    try:
+        args, why = parse(sys.argv[1:])
+        div, beta = validate(args)
+        world.join(pick_device(args.device))
+    except UserError:
+        if world.rank:
+            sys.exit(2)  # rank 0 says it
+        raise
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")
+    with world.in_turn():
+        prompts, held_out = split_prompts(args)
+    print(f"model: {args.model} ({why}); judge: {args.judge}; {len(prompts)} training prompts, {len(held_out)} held out"
+          + (f"; {world.size} ranks" if world.size > 1 else ""))
     print(f"divergence: {div.name}, f''(1) = {div.curvature:g}, effective beta {beta:g}, learning rate {args.learning_rate:g}; "
           f"output: {args.output_dir}", flush=True)
-    run, judge = setup(args)
+    with world.in_turn():
+        run, judge = setup(args, world)
     run.begin(held_out)
     def on_signal(number, frame):
         if run.stop:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         run.stop = True
-        print("\nstopping: saving a checkpoint", file=sys.stderr)
+        if world.rank == 0:
+            print("\nstopping: saving a checkpoint", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
         train(run, judge, prompts, held_out, div, beta)
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: from here on a signal simply ends the process
             signal.signal(number, signal.default_int_handler)
+        world.leave()
+        if world.rank:
+            return
         draw_curves(run)
         final_table(run, judge, held_out)
     except KeyboardInterrupt:
-        print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {args.output_dir}",
-              file=sys.stderr)
+        if world.rank == 0:
+            print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {args.output_dir}",
+                  file=sys.stderr)
         sys.exit(130)
     print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
     print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir} --model {args.model}')
