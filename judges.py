@@ -21,7 +21,7 @@ fourteen metrics". A folder of weights (--weights DIR) has one subfolder per hub
 
 Your own judge is a class with these two methods, made as Judge(device, weights), and a line in JUDGES. Scores that are logits suit `--threshold`:
 a pair is trained on if softmax([best, worst]) differs by more than it. A judge may offer report(images, prompts) ->
-{name: (N,)}, further figures for the tables.
+{name: (N,)}, further figures for the tables, and compile(size), for --compile.
 """
 import functools
 import json
@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sample import UserError, hub_out_of_reach
+from sample import UserError, compile_at, hub_out_of_reach
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -302,6 +302,10 @@ class CLIP:
                              max_length=self.clip.config.text_config.max_position_embeddings).input_ids
         return torch.cat([self.encode_ids(x) for x in ids.split(64)])
 
+    def compile(self, size):
+        """torch.compile of the vision tower, for `size` images at a time."""
+        self.embed_pixels = compile_at(self.embed_pixels, size)
+
     @torch.no_grad()
     def encode_ids(self, ids):
         return F.normalize(self.clip.get_text_features(ids.to(self.clip.device)).pooler_output.float(), dim=-1)
@@ -361,6 +365,9 @@ class StepAware(CLIP):
         t = torch.zeros(len(images), device=images.device) if t is None else t.to(images.device)
         image = F.normalize(self.embed_at(self.shrink(images), t), dim=-1)
         return self.clip.logit_scale.float().exp() * (image * text.to(image.device)).sum(-1)
+
+    def compile(self, size):
+        self.embed_at = compile_at(self.embed_at, size)
 
     def shrink(self, images):
         """(N, 3, H, W) in [0, 1] -> (N, 3, 224, 224), normalised: torch's bicubic, not antialiased, then clamped."""

@@ -307,25 +307,60 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     """Classifier-free guided noise prediction in fp32: null + guidance (text - null); two UNet rows per image.
 
     x_t: (N, C, h, w) fp32; t: (N,); text: (N, L, C); null: (1, L, C), the empty prompt. guidance <= 1 asks for no
-    guidance, diffusers' convention: one row per image.
+    guidance, diffusers' convention: one row per image. The UNet runs in its own dtype, without autocast, which would
+    keep every normalisation's input in fp32 (twice the memory of a training step).
     """
-    half = unet.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(x_t.device.type, dtype=unet.dtype if half else None, enabled=half):
-        x = x_t.to(unet.dtype)
-        if guidance <= 1:
-            return unet(x, t, text).sample.float()
-        both = unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])).sample.float()
-    eps_null, eps_text = both.chunk(2)
+    x = x_t.to(unet.dtype)
+    if guidance <= 1:
+        return unet(x, t, text, return_dict=False)[0].float()
+    rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])
+    eps_null, eps_text = unet(*rows, return_dict=False)[0].float().chunk(2)
     return eps_null + guidance * (eps_text - eps_null)
 
 
+def in_slices(f, size, *rows, fill=False):
+    """f(*rows) by slices of `size` rows, joined again. fill: a short last slice is filled up with copies of its first
+    row, so that f meets one shape and one layout alone: torch.compile makes code anew for every other."""
+    out = []
+    for part in zip(*(x.split(size) for x in rows)):
+        short = size - len(part[0])
+        if fill:
+            part = [torch.cat([x, x[:1].expand(short, *x.shape[1:])]).contiguous() for x in part]
+        out.append(f(*part)[:size - short])
+    return torch.cat(out)
+
+
+def compile_at(f, *sizes):
+    """torch.compile of a function of rows that will meet batches of exactly these sizes, whatever it is given: of the
+    sizes that which wastes the fewest rows, the larger if equal."""
+    fast = torch.compile(f, dynamic=False)
+    def call(*rows):
+        n = len(rows[0])
+        size = min(sizes, key=lambda s: (-(-n // s) * s, -s))
+        return in_slices(fast, size, *rows, fill=True)
+    return call
+
+
+def compile_pipeline(pipe, *unet_rows):
+    """Compiles UNet and VAE decoder; unet_rows: the batch sizes that the UNet will meet (rows, two an image if guided)."""
+    unet, decoder = pipe.unet.forward, pipe.vae.decoder
+    noise = compile_at(lambda x, t, text: unet(x, t, text, return_dict=False)[0], *unet_rows)
+    pipe.unet.forward = lambda x, t, text, return_dict=False: (noise(x, t, text),)
+    decoder.forward = compile_at(decoder.forward, decode_size(pipe))
+
+
+def decode_size(pipe):
+    """How many images the VAE decodes at once: about a megapixel, since more is no faster and the VAE is the memory's peak."""
+    _, h, w = latent_shape(pipe)
+    return max(1, min(16, 2 ** 20 // (h * w * pipe.vae_scale_factor ** 2)))
+
+
 @torch.no_grad()
-def decode(pipe, latents, batch_size=16, vae=None):
-    """Latents (N, 4, h, w) -> images (N, 3, H, W) fp32 in [0, 1]; in slices, since the VAE is the memory's peak.
-    vae: a tiny autoencoder in place of the pipeline's own."""
+def decode(pipe, latents, vae=None):
+    """Latents (N, 4, h, w) -> images (N, 3, H, W) fp32 in [0, 1]. vae: a tiny autoencoder in place of the pipeline's own."""
     vae = vae or pipe.vae
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    return torch.cat([(vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1) for z in scaled.split(batch_size)])
+    return in_slices(lambda z: (vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1), decode_size(pipe), scaled)
 
 
 @torch.no_grad()
@@ -377,14 +412,15 @@ class Pairs:
 
 @torch.no_grad()
 def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4, threshold=0.3, num_steps=20, eta=1.0,
-                  guidance=5.0, decode_batch=16, progress=None, preview=None):
+                  guidance=5.0, progress=None, preview=None):
     """One rollout of SPO (arXiv 2406.04314, sec. 3): a trajectory per prompt, judged step by step. Returns Pairs.
 
     From step `first_step` on, every x_t gets num_children = K children x_{t-1}. The UNet's next predictions tell each
     child's x0, which is decoded and judged at the child's own timestep (the last children are images, judged at 0).
     Best and worst are a pair if softmax([best, worst]) differs by more than threshold, i.e. best - worst >
     2 atanh(threshold) (0.619 logits for 0.3). A RANDOM child goes on, so the judge does not steer the trajectory, and
-    its prediction, already made to judge it, is its step's: 130 UNet rows per prompt at the default settings.
+    its prediction, already made to judge it, is its step's: 130 UNet rows per prompt at the default settings, in batches
+    of 2 P rows with children and without, so that memory and compiled code know one size.
     judge: encode(prompts) -> text, one row per prompt, asked once; judge(images, text, t) -> (N,) scores. A NaN or
     infinite score makes its pair invalid. generator: of the CPU; the pairs are a function of its seed and the policy.
     progress: called after each of the num_steps steps. preview: a tiny autoencoder that decodes for the judge; at every
@@ -408,7 +444,7 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
 
     def judge_children(x0, t_child, parent, children, t):
         """x0, children: (P, K, 4, h, w). Keeps the clear pairs of this step; returns nothing."""
-        look = lambda vae: judge(decode(pipe, x0.flatten(0, 1), decode_batch, vae), judge_text.repeat_interleave(K, 0),
+        look = lambda vae: judge(decode(pipe, x0.flatten(0, 1), vae), judge_text.repeat_interleave(K, 0),
                                  torch.full((P * K,), t_child, device=device)).float().view(P, K)
         s = look(preview)
         if preview is not None and len(all_scores) % 4 == 0:
@@ -427,7 +463,7 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
     for i, t in enumerate(timesteps):
         n = len(x) // P
         tt = torch.full((len(x),), t, device=device)
-        eps = predict_noise(pipe.unet, x, tt, text.repeat_interleave(n, 0), null, guidance)
+        eps = in_slices(lambda *rows: predict_noise(pipe.unet, *rows, null, guidance), P, x, tt, text.repeat_interleave(n, 0))
         mean, std, x0 = ddim_mean_std(eps, x, tt, table, num_steps, eta)
         if children is not None:    # x are children of `parent`, made at the step before
             judge_children(x0.view(P, K, *x0.shape[1:]), t, parent, children, timesteps[i - 1])

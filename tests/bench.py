@@ -4,6 +4,7 @@ What the loop costs, side by side with the SPO reference's way of doing the same
     python tests/bench.py                        the toy, on this machine
     python tests/bench.py --pairs 4 --repeats 5 --model DIR_OR_HUB_ID --device cuda
     python tests/bench.py --loop [--model sd15 --device cuda --compile]      the whole loop by part; sd15: its size, random weights
+    python tests/bench.py --memory               counted at SD1.5's size, on any machine: what a training step must hold
     python tests/bench.py --fsim                 FSIM beside image-similarity-measures (pip install image-similarity-measures==0.3.6)
 
 Reference-like: each child with a policy and a reference prediction of its own (RockeyCoss/SPO does so, though winner and
@@ -22,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import evaluate  # noqa: E402
 import judges  # noqa: E402
@@ -53,7 +55,7 @@ def bench_fsim(repeats, K=4, size=512):
     except ImportError as e:
         raise UserError("--fsim compares with a package that is not here: pip install image-similarity-measures==0.3.6") from e
     rng = np.random.default_rng(0)
-    images = torch.nn.functional.interpolate(toy.draw(K, rng)[0], size=(size, size), mode="bicubic") + .03 * torch.randn(K, 3, size, size)
+    images = F.interpolate(toy.draw(K, rng)[0], size=(size, size), mode="bicubic") + .03 * torch.randn(K, 3, size, size)
     images = [(x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy() for x in images]
     pairs = list(itertools.combinations(range(K), 2))
     def ours():
@@ -141,7 +143,7 @@ def prompt_by_prompt(opts):
     from torch.utils.flop_counter import FlopCounterMode
     device, full = opts.device, opts.model == "sd15"
     half = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    args, _ = train.parse(["--model", "toy"] + (["--compile"] if opts.compile else []))
+    args, _ = train.parse(["--model", "toy"])
     args.train_batch_size = min(opts.pairs, 10)
     rows, prompts = [], toy.prompts()[:opts.prompts]
     ways = ["reference-like", "ours"] + (["ours, compiled"] if opts.compile else [])
@@ -152,9 +154,9 @@ def prompt_by_prompt(opts):
         params = add_lora(pipe.unet, 4)
         judge = random_judge(device, torch.float32 if way == "reference-like" else torch.float16 if device.startswith("cuda") else torch.float32, full)
         judge = TextEveryStep(judge) if way == "reference-like" else judge
-        if "compiled" in way:
-            pipe.unet.compile()
-            pipe.vae.decoder.compile()
+        if way != "reference-like":
+            args.sample_batch_size, args.compile = len(prompts), "compiled" in way
+            train.make_fast(pipe, judge, args)
         null, div, clock = encode_prompts(pipe, [""]), get_divergence("js"), Clock(device)
         opt = torch.optim.AdamW(params, lr=1e-9)
         step = (lambda *a: doubled_loss(pipe, reference, *a[1:])) if reference is not None else train.pair_loss
@@ -164,7 +166,7 @@ def prompt_by_prompt(opts):
             generator = torch.Generator().manual_seed(0)
             sample.predict_noise, sample.decode = clock.of("UNet", real[0]), clock.of("decode", real[1])
             timed_judge = type("Timed", (), {"encode": staticmethod(judge.encode), "__call__": lambda self, *a: clock.of("judge", judge)(*a)})()
-            pairs = collect_pairs(pipe, timed_judge, prompts[:count], generator, threshold=0.0, decode_batch=8)
+            pairs = collect_pairs(pipe, timed_judge, prompts[:count], generator, threshold=0.0)
             sample.predict_noise, sample.decode = real
             def learn():
                 for index in torch.arange(len(pairs)).split(args.train_batch_size):
@@ -199,6 +201,55 @@ def prompt_by_prompt(opts):
              if device.startswith("cuda") else ""))
 
 
+class Flash(torch.autograd.Function):
+    """What fused attention keeps for its backward pass: q, k, v, its output, and a number a row; no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+def held_gb(pairs, checkpointing):
+    """GB that autograd holds between the forward and the backward pass of `pairs` guided pairs: the UNet at SD1.5's size, run
+    on the meta device in bf16, storages counted once. Checkpoints count, but not the one block that is made again."""
+    pipe = sd15("meta", torch.bfloat16)
+    add_lora(pipe.unet, 4)
+    if checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.unet.train()
+    weights, held, alive = {p.untyped_storage()._cdata for p in pipe.unet.parameters()}, {}, []
+    def pack(x):
+        alive.append(x)     # so that no address is used twice
+        held[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    half = dict(device="meta", dtype=torch.bfloat16)
+    x, text = torch.empty(2 * pairs, 4, 64, 64, **half), torch.empty(2 * pairs, 77, 768, **half)
+    attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v, **kw: Flash.apply(q, k, v)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            pipe.unet(x, torch.empty(2 * pairs, device="meta", dtype=torch.int64), text)
+    finally:
+        F.scaled_dot_product_attention = attention
+    return sum(v for k, v in held.items() if k not in weights) / 1e9
+
+
+def memory():
+    """A Markdown table: frozen weights, and what a training step adds, by settings. Counted, not measured."""
+    from transformers import CLIPModel
+    pipe = sd15("meta", torch.bfloat16)
+    with torch.device("meta"):
+        judge = judges.add_time(CLIPModel(judges.vit_h()))
+    size = lambda *parts: sum(p.numel() * 2 for m in parts for p in m.parameters()) / 1e9
+    frozen = size(pipe.unet), size(pipe.vae, pipe.text_encoder), size(judge)
+    print(f"frozen weights in half precision: UNet {frozen[0]:.2f} GB, VAE and text encoder {frozen[1]:.2f} GB, step-aware judge {frozen[2]:.2f} GB\n")
+    print("| --train_batch_size | --gradient_checkpointing | activations held for backward, GB | with the weights, GB |\n|---|---|---|---|")
+    for pairs, checkpointing in ((10, False), (4, False), (1, False), (10, True), (1, True)):
+        held = held_gb(pairs, checkpointing)
+        print(f"| {pairs} | {'yes' if checkpointing else 'no'} | {held:.1f} | {held + sum(frozen):.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy")
@@ -210,10 +261,13 @@ def main():
     parser.add_argument("--prompts", type=int, default=4, help="of --loop: prompts a rollout")
     parser.add_argument("--compile", action="store_true", help="of --loop: ours, compiled, as well")
     parser.add_argument("--peak", type=float, default=790, help="of --loop on CUDA: TFLOP/s of the FLOP floor (H100, H200 in bf16: 790)")
+    parser.add_argument("--memory", action="store_true", help="count what a training step at SD1.5's size must hold; needs no GPU")
     parser.add_argument("--fsim", action="store_true", help="time FSIM in place of the training step")
     opts = parser.parse_args()
     if opts.fsim:
         return bench_fsim(opts.repeats)
+    if opts.memory:
+        return memory()
     if opts.loop:
         return prompt_by_prompt(opts)
     args, _ = train.parse(["--model", opts.model])

@@ -419,3 +419,17 @@ def test_table_is_of_paired_differences():
     d = np.array([1, 1, 2])
     assert figures["x"]["change"] == pytest.approx(d.mean()) and figures["x"]["se"] == pytest.approx(d.std(ddof=1) / np.sqrt(3))
     assert f"+{d.mean():.3f} +- {d.std(ddof=1) / np.sqrt(3):.3f}" in table
+
+
+@pytest.mark.parametrize("name", ("step_aware", "clipscore", "pickscore", "hps", "aesthetic"))
+def test_a_compiled_judge_scores_alike(tiny_judges, monkeypatch, name):
+    """--compile: five images through a tower compiled for two at a time."""
+    compile_, met = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=lambda gm, x: (met.append(1), gm.forward)[1], **kw))
+    judge, x, t = judges.load_judge(name, "cpu", tiny_judges), images(5, 3, 40, 60), torch.tensor([951, 501, 1, 0, 301])
+    text = judge.encode((PROMPTS * 2)[:5])
+    want = judge(x, text, t)
+    judge.compile(2)
+    torch.testing.assert_close(judge(x, text, t), want, rtol=1e-4, atol=1e-4)
+    assert len(met) == 1
+    torch._dynamo.reset()

@@ -342,11 +342,11 @@ def test_preview_decoder(micro, tmp_path):
     other = sample.load_preview(tiny_decoder(tmp_path / "tiny"), pipe)
     z = torch.randn(3, 4, 12, 12)
     with torch.no_grad():
-        torch.testing.assert_close(sample.decode(pipe, z, 2, other), (other.decode(z).sample / 2 + .5).clamp(0, 1))
+        torch.testing.assert_close(sample.decode(pipe, z, other), (other.decode(z).sample / 2 + .5).clamp(0, 1))
     seen = []
     real = sample.decode
     try:
-        sample.decode = lambda p, x, b, vae=None: seen.append((vae, real(p, x, b, vae))) or seen[-1][1]
+        sample.decode = lambda p, x, vae=None: seen.append((vae, real(p, x, vae))) or seen[-1][1]
         got = collect(other).scores["preview_agreement"]
     finally:
         sample.decode = real
@@ -360,3 +360,26 @@ def test_preview_decoder(micro, tmp_path):
         sample.load_preview(tiny_decoder(tmp_path / "large", 4), pipe)
     with pytest.raises(sample.UserError, match="such as madebyollin/taesd"):
         sample.load_preview(str(tmp_path / "nowhere"), pipe)
+
+
+def test_compiled_functions_meet_their_sizes_alone(monkeypatch):
+    met = []
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda x, y: (met.append(len(x)), f(x, y))[1])
+    f = sample.compile_at(lambda x, y: x * y, 2, 5)
+    for n, sizes in ((1, [2]), (2, [2]), (3, [2, 2]), (5, [5]), (6, [2, 2, 2]), (9, [5, 5]), (10, [5, 5])):
+        met.clear()
+        x = torch.rand(n, 3, requires_grad=True)
+        y = f(x, x)
+        assert met == sizes and torch.equal(y, x * x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x)  # the copies that fill up weigh nothing
+
+
+def test_decoding_a_megapixel_at_a_time_is_decoding(pipe):
+    seen, z = [], torch.randn(5, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    want = (pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample / 2 + .5).clamp(0, 1)
+    hook = pipe.vae.decoder.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sample, "decode_size", lambda pipe: 2)
+        torch.testing.assert_close(sample.decode(pipe, z), want)
+    hook.remove()
+    assert seen == [2, 2, 1] and sample.decode_size(pipe) == 16
