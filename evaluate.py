@@ -31,13 +31,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import toy
 from diversity import LEAST, LPIPS, entropy_1d, entropy_2d, fsim, fsim_maps, fsim_of_maps, lpips, psnr, rmse, ssim  # noqa: F401
 from judges import JUDGES, WeightsMissing, find, load_judge
-from sample import (LORA_FILE, SD15, TOY, Parser, UserError, generate, load_lora, load_pipeline, lora_off, make_folder,
-                    pick_device, progress_bar, read_prompts, resolve_model, run_cli, to_pil, write_file, write_png)
+from sample import (LORA_FILE, SD15, TOY, Parser, UserError, as_reference, generate, load_pipeline, load_policy,
+                    make_folder, pick_device, policy_file, progress_bar, read_prompts, resolve_model, run_cli, to_pil, write_file, write_png)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Protocol: K images of every prompt, seeds shared by all models, pairs within a prompt, statistics over prompts
@@ -57,21 +57,24 @@ def hold_out(prompts, n):
 
 def paint(pipe, prompts, count, args, reference=False, progress=None):
     """(P, count, 3, H, W) in [0, 1]: `count` images of every prompt by DDIM, eta 0; the seeds are the same for all
-    policies. reference: with the LoRA off. args: num_inference_steps and guidance_scale."""
+    policies. reference: of the original model. args: num_inference_steps and guidance_scale."""
     each = [p for p in prompts for _ in range(count)]
     seeds = [seed_of(p, k) for p in range(len(prompts)) for k in range(count)]
-    with lora_off(pipe.unet) if reference else contextlib.nullcontext():
+    with as_reference(pipe) if reference else contextlib.nullcontext():
         images = generate(pipe, each, seeds, args.num_inference_steps, args.guidance_scale, progress=progress)
     return images.view(len(prompts), count, *images.shape[1:])
 
 
 def per_prompt(judge, prompts, images):
-    """{figure: (P,)} for images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's K images or its pairs."""
+    """{figure: (P,)} for images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's K images or its pairs.
+    judge None: diversity alone."""
     P, K = images.shape[:2]
     eight_bit = (images * 255).round().clamp(0, 255).byte()
     flat, each = eight_bit.flatten(0, 1).float() / 255, [p for p in prompts for _ in range(K)]
-    text = judge.encode(prompts).repeat_interleave(K, 0)
-    figures = {f"{judge.name} (the judge)": torch.cat([judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))])}
+    figures = {}
+    if judge:
+        text = judge.encode(prompts).repeat_interleave(K, 0)
+        figures[f"{judge.name} (the judge)"] = torch.cat([judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))])
     if hasattr(judge, "report"):
         figures |= judge.report(flat, each)
     out = {k: v.view(P, K).nanmean(1) for k, v in figures.items()}
@@ -164,11 +167,12 @@ class Row:
 
 
 def read_image(path):
-    """uint8 (H, W, 3), as cv2.imread and PIL's convert("RGB") agree: gray three times, alpha dropped, palettes looked up,
+    """uint8 (H, W, 3), as cv2.imread and PIL's convert("RGB") agree: upright, gray three times, alpha dropped, palettes looked up,
     of 16 bits the upper 8. (PIL alone would clip 16-bit gray to white.) Raises UserError for what is no whole image."""
     try:
         with Image.open(path) as image:
             image.load()
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 return np.repeat((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, 2)
             if image.mode == "P":
@@ -240,10 +244,10 @@ def resolve(target, args):
                 row.base = row.run["args"]["model"]
             except (OSError, ValueError, KeyError, TypeError) as e:
                 raise UserError(f"{path}/config.json is not that of a run of train.py: give a run's folder, or a folder of images") from e
-            if not has(LORA_FILE):
+            if not policy_file(path):
                 raise UserError(f"run {path!r} has no {LORA_FILE}: train it first, or wait for its first checkpoint")
             row.lora = path
-        elif has(LORA_FILE):
+        elif policy_file(path) and not has("model_index.json"):
             row.base, row.lora = args.model, path
         elif has("model_index.json"):
             row.base = path
@@ -351,7 +355,7 @@ def fingerprint(row, args):
                 f.seek(max(os.path.getsize(f.name) - 65536, 0))
                 digest.update(f.read())
         digest = digest.hexdigest()
-    lora = os.path.join(row.lora, LORA_FILE) if row.lora and os.path.isdir(row.lora) else row.lora
+    lora = row.lora and policy_file(row.lora)
     if lora:
         with open(lora, "rb") as f:
             lora = hashlib.sha1(f.read()).hexdigest()
@@ -390,7 +394,7 @@ def paint_missing(row, prompts, args, device):
         return
     pipe = load_pipeline(row.base, device, torch.float16 if device.startswith("cuda") else torch.float32)
     if row.lora:
-        load_lora(pipe.unet, row.lora)
+        load_policy(pipe, row.lora)
     with progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
         for i in range(0, len(missing), args.batch_size):
             batch = missing[i:i + args.batch_size]

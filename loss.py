@@ -62,11 +62,24 @@ def step_log_ratios(eps, eps_ref, x_t, x_w, x_l, t, alphas_cumprod, num_steps, e
     return _reduce(pull * (x_w - middle), reduce), _reduce(pull * (x_l - middle), reduce)
 
 
-def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio"):
+def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
+    """u = log X of a finished image under Diffusion-DPO's bound (arXiv 2311.12908, eq. 14), at one timestep:
+
+        u = -S/2 ( |eps_hat - eps|^2 - |eps_ref - eps|^2 ) = -S/2 (eps_hat - eps_ref) . (eps_hat + eps_ref - 2 eps)
+
+    eps_hat, eps_ref: the policy's and the reference's prediction of the noise eps in x_t; all (N, C, h, w). Returns (N,).
+    S stands for the T steps of the chain. With the mean over dimensions and S = 1000, reverse KL at beta 5 is that paper's
+    loss at beta 5000, whose code has -0.5 * 5000 in front of the same difference.
+    """
+    eps_hat, eps_ref, eps = _wide(eps_hat, eps_ref, eps)
+    return _reduce(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
+
+
+def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=None):
     """Eq. 5 on a batch of pairs. u_w, u_l: log-ratios (N,). Returns (loss, stats).
 
     loss: the mean over the N pairs, a scalar; ln 2 where the policy is the reference. An empty batch raises
-    ValueError, since its mean would be NaN.
+    ValueError, since its mean would be NaN. weight (N,): of each pair in the sum that is divided by N; 1 by default.
     clip, with c = clip_range:
       "ratio"     SPO's: X is clamped to [1-c, 1+c]. Outside, the gradient is zero, also for a winner that fell below
                   1-c or a loser that rose above 1+c: such a pair is lost to training.
@@ -90,9 +103,10 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio"):
         v_l = u_l.clamp(min=low, max=high if clip == "ratio" else None)
     margin = beta * (div.reward(v_w) - div.reward(v_l))  # the divergence enters here and nowhere else
     losses = -F.logsigmoid(margin)                       # softplus would do, but is only y = x above 20
+    total = losses if weight is None else weight * losses
     stats = {"loss": losses, "margin": margin, "accuracy": (torch.sign(u_w - u_l) + 1) / 2,
              "X_w": u_w.exp(), "X_l": u_l.exp(), "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2}
-    return losses.mean(), {k: v.detach() for k, v in stats.items()}
+    return total.mean(), {k: v.detach() for k, v in stats.items()}
 
 
 def surface(x1, x2, div, beta):

@@ -10,6 +10,7 @@ The parts are used by train.py and evaluate.py; this file knows no loss and no j
 """
 import argparse
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -29,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the living copy; runwayml/stable-diffusion-v1-5 is gone
 TOY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "toy")
 LORA_FILE = "pytorch_lora_weights.safetensors"        # the name that diffusers looks for in a folder
+FULL_FILE = os.path.join("unet", "diffusion_pytorch_model.safetensors")
 
 
 class UserError(ValueError):
@@ -222,6 +224,79 @@ def lora_off(unet):
             m.on = on
 
 
+def train_all(pipe):
+    """--full: every weight of the UNet trains, in fp32; its frozen copy is the reference. Returns the parameters, a list.
+
+    A UNet in half precision goes on computing in it: weights are fp32, so that they can take a small step, activations not.
+    """
+    pipe.frozen_unet = copy.deepcopy(pipe.unet)
+    pipe.unet.compute_dtype = pipe.unet.dtype
+    return list(pipe.unet.float().requires_grad_(True).parameters())
+
+
+@contextlib.contextmanager
+def as_reference(pipe):
+    """Inside, pipe.unet IS the reference policy: with its LoRA off or, where all of it trains, its frozen copy."""
+    policy = pipe.unet
+    pipe.unet = getattr(pipe, "frozen_unet", policy)
+    try:
+        with lora_off(pipe.unet):
+            yield
+    finally:
+        pipe.unet = policy
+
+
+def policy_state(pipe):
+    """{name: tensor} of all that trains."""
+    if hasattr(pipe, "frozen_unet"):
+        return {k: v.detach().cpu().contiguous() for k, v in pipe.unet.state_dict().items()}
+    return lora_state(pipe.unet)
+
+
+def set_policy(pipe, state, path):
+    """Copies policy_state's tensors back, strictly: raises UserError if they are of another model."""
+    if not hasattr(pipe, "frozen_unet"):
+        return set_lora(pipe.unet, state, path)
+    mine = pipe.unet.state_dict()
+    odd = sorted(mine.keys() ^ state.keys()) or [k for k in mine if mine[k].shape != state[k].shape]
+    if odd:
+        raise UserError(f"the UNet in {path} is of another model: {len(odd)} of its tensors differ, such as {odd[0]}")
+    pipe.unet.load_state_dict(state)
+
+
+def save_policy(pipe, folder):
+    """For others: the LoRA, or the whole UNet as folder/unet, which UNet2DConditionModel.from_pretrained reads."""
+    if not hasattr(pipe, "frozen_unet"):
+        return save_lora(pipe.unet, folder)
+    from safetensors.torch import save
+    os.makedirs(os.path.join(folder, "unet"), exist_ok=True)
+    write_file(os.path.join(folder, "unet", "config.json"), pipe.unet.to_json_string().encode())
+    write_file(os.path.join(folder, FULL_FILE), save(policy_state(pipe), metadata={"format": "pt"}))
+
+
+def policy_file(folder):
+    """The file that holds a run's policy, LoRA or UNet; None if there is none. A file is its own."""
+    files = [folder] if os.path.isfile(folder) else [os.path.join(folder, f) for f in (LORA_FILE, FULL_FILE)]
+    return next((f for f in files if os.path.isfile(f)), None)
+
+
+def load_policy(pipe, folder):
+    """A run's policy into the pipeline, whose own UNet stays the reference: see as_reference. Raises UserError."""
+    path = policy_file(folder)
+    if path is None or not path.endswith(FULL_FILE):
+        return load_lora(pipe.unet, folder)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e}): train again or copy it again") from e
+    dtype = pipe.unet.dtype
+    train_all(pipe)
+    set_policy(pipe, state, path)
+    pipe.unet.requires_grad_(False).to(dtype)
+
+
 def lora_state(unet):
     """{name: tensor} under the names that diffusers and peft read."""
     return {f"unet.{name}.{part}.weight": getattr(m, part).detach().cpu().contiguous()
@@ -307,15 +382,18 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     """Classifier-free guided noise prediction in fp32: null + guidance (text - null); two UNet rows per image.
 
     x_t: (N, C, h, w) fp32; t: (N,); text: (N, L, C); null: (1, L, C), the empty prompt. guidance <= 1 asks for no
-    guidance, diffusers' convention: one row per image. The UNet runs in its own dtype, without autocast, which would
-    keep every normalisation's input in fp32 (twice the memory of a training step).
+    guidance, diffusers' convention: one row per image. A frozen UNet runs in its own dtype, without autocast, which
+    would keep every normalisation's input in fp32 (twice the memory of a training step); one that trains (train_all) has
+    fp32 weights and needs it.
     """
-    x = x_t.to(unet.dtype)
-    if guidance <= 1:
-        return unet(x, t, text, return_dict=False)[0].float()
-    rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])
-    eps_null, eps_text = unet(*rows, return_dict=False)[0].float().chunk(2)
-    return eps_null + guidance * (eps_text - eps_null)
+    half = getattr(unet, "compute_dtype", unet.dtype)
+    with torch.autocast(x_t.device.type, half) if half != unet.dtype else contextlib.nullcontext():
+        x = x_t.to(half)
+        if guidance <= 1:
+            return unet(x, t, text, return_dict=False)[0].float()
+        rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand_as(text), text])
+        eps_null, eps_text = unet(*rows, return_dict=False)[0].float().chunk(2)
+        return eps_null + guidance * (eps_text - eps_null)
 
 
 def in_slices(f, size, *rows, fill=False):
@@ -343,10 +421,14 @@ def compile_at(f, *sizes):
 
 def compile_pipeline(pipe, *unet_rows):
     """Compiles UNet and VAE decoder; unet_rows: the batch sizes that the UNet will meet (rows, two an image if guided)."""
-    unet, decoder = pipe.unet.forward, pipe.vae.decoder
-    noise = compile_at(lambda x, t, text: unet(x, t, text, return_dict=False)[0], *unet_rows)
-    pipe.unet.forward = lambda x, t, text, return_dict=False: (noise(x, t, text),)
-    decoder.forward = compile_at(decoder.forward, decode_size(pipe))
+    def compile_unet(unet):
+        forward = unet.forward
+        noise = compile_at(lambda x, t, text: forward(x, t, text, return_dict=False)[0], *unet_rows)
+        unet.forward = lambda x, t, text, return_dict=False: (noise(x, t, text),)
+    compile_unet(pipe.unet)
+    if hasattr(pipe, "frozen_unet"):
+        compile_unet(pipe.frozen_unet)
+    pipe.vae.decoder.forward = compile_at(pipe.vae.decoder.forward, decode_size(pipe))
 
 
 def decode_size(pipe):
@@ -624,7 +706,7 @@ def main():
     parser.add_argument("prompt", nargs="*", help="prompts, each in quotes")
     parser.add_argument("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
     parser.add_argument("--model", default="auto", help="auto, toy, a diffusers folder or a hub id (default: auto)")
-    parser.add_argument("--lora", metavar="RUN", help="a run's folder, or a LoRA file; the reference is drawn above it")
+    parser.add_argument("--lora", metavar="RUN", help="a run's folder (of a --full run as well), or a LoRA file; the reference is drawn above it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="one image per prompt and seed")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -644,14 +726,14 @@ def main():
     pipe = load_pipeline(where, device, torch.float16 if device.startswith("cuda") else torch.float32)
     policies = ["reference"]
     if args.lora:
-        load_lora(pipe.unet, args.lora)
+        load_policy(pipe, args.lora)
         policies.append("aligned")
     make_folder(args.output_dir)
     each = [p for p in prompts for _ in args.seeds]
     rows = {}
     with progress_bar(total=len(each) * len(policies), unit="image") as bar:
         for policy in policies:
-            with lora_off(pipe.unet) if policy == "reference" else contextlib.nullcontext():
+            with as_reference(pipe) if policy == "reference" else contextlib.nullcontext():
                 images = generate(pipe, each, args.seeds * len(prompts), args.num_inference_steps, args.guidance_scale,
                                   args.eta, args.batch_size, bar.update)
             rows[policy] = images.view(len(prompts), len(args.seeds), *images.shape[1:])

@@ -3,6 +3,7 @@ The tiny world: captioned 32x32 landscapes, a tiny Stable Diffusion that paints 
 
     python toy.py --check       how well the checker reads true pictures, and the shipped model paints its captions
     python toy.py               trains the model of toy/ again, from nothing: about 45 minutes on 2 cores
+    python toy.py --pairs DIR   writes preference pairs for train.py --pairs: 2,000 captions, two pictures each, the taste's choice
 
 Why it exists: preference alignment is about what a model could paint and does not prefer to. Noise and random
 weights cannot show that. Here a model of SD1.5's own classes (UNet2DConditionModel, AutoencoderKL, CLIPTextModel,
@@ -14,6 +15,7 @@ The shipped weights: the defaults below, in fp32 on two cores (VAE 3,000 steps o
 words and cut the longest captions. Stored in fp16, 5.6 MB. `python toy.py --check` prints what they reach.
 """
 import argparse
+import csv
 import itertools
 import math
 import os
@@ -64,8 +66,8 @@ def prompts():
     return [both[i] for i in rng.permutation(len(both))]
 
 
-def draw(n, rng):
-    """n true pictures: images (n, 3, 32, 32) fp32 in [0, 1], and n tuples (size, light, ground, sky).
+def draw(n, rng, captions=None):
+    """n true pictures: images (n, 3, 32, 32) fp32 in [0, 1], and n tuples (size, light, ground, sky), of these n captions if given.
 
     A sky, paler below; a sun or moon with a soft edge and a glow, anywhere above the horizon; a textured ground below
     a wavy line. Every colour varies a little. Soft edges forgive a tiny painter; hard shapes stay blobs.
@@ -75,6 +77,9 @@ def draw(n, rng):
     tint = lambda s: rng.normal(0, s, (n, 3, 1, 1)).astype(np.float32)
     tables = RADII, LIGHTS, GROUNDS, SKIES
     size, light, ground, sky = picks = [rng.integers(len(t), size=n) for t in tables]
+    for i, said in enumerate(map(read_caption, captions or ())):
+        for pick, table, word in zip(picks, tables, said):
+            pick[i] = pick[i] if word is None else list(table).index(word)
     colour = lambda table, i: np.array(list(table.values()), np.float32)[i][:, :, None, None]  # (n, 3, 1, 1)
 
     top = colour(SKIES, sky) + tint(.025)
@@ -161,6 +166,30 @@ class Taste:
 # What the toy needs otherwise than SD1.5, for train.py: --help shows the values in force.
 PRESET = dict(num_epochs=12, sample_batch_size=14, train_batch_size=20, gradient_accumulation_steps=2,
               learning_rate=7e-4, num_eval_prompts=40)
+
+
+PAIRS_PRESET = dict(num_epochs=2, train_batch_size=20, gradient_accumulation_steps=2, learning_rate=1e-3)  # and for --pairs
+
+
+def write_pairs(folder, count, seed):
+    """A preference data set for train.py --pairs: `count` pairs of true pictures of one caption; the taste says which wins."""
+    from sample import to_pil
+    new, rng, judge = folder.rstrip("/") + ".new", np.random.default_rng(seed), Taste()
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(os.path.join(new, "images"))
+    captions = [CAPTIONS[i] for i in rng.integers(len(CAPTIONS), size=count)]
+    a, b = (draw(count, rng, captions)[0] for _ in range(2))
+    first = judge(a) > judge(b)
+    with open(os.path.join(new, "pairs.csv"), "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["prompt", "winner", "loser"])
+        for i, caption in enumerate(captions):
+            names = [f"images/{i:05d}_{k}.png" for k in "ab"]
+            for name, image in zip(names, (a[i], b[i])):
+                to_pil(image).save(os.path.join(new, name))
+            table.writerow([caption, *(names if first[i] else names[::-1])])
+    os.rename(new, folder)
+    print(f"{count} pairs in {folder}: pairs.csv and images/. Next: python train.py --div js --pairs {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,12 +308,19 @@ def main():
     from sample import TOY, Parser, UserError, make_folder, progress_bar
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="train nothing; print what checker and model reach")
+    parser.add_argument("--pairs", metavar="DIR", help="train nothing; write a preference data set there")
+    parser.add_argument("--count", type=int, default=2000, help="of --pairs")
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=7000)
     parser.add_argument("--pictures", type=int, default=40960, help="drawn and encoded once for the UNet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=TOY, help="replaced only when the training has ended")
     args = parser.parse_args()
+    if args.pairs:
+        if args.count < 1 or os.path.exists(args.pairs):
+            raise UserError("--count must be at least 1" if args.count < 1 else f"{args.pairs!r} is there already: delete it, or choose another folder")
+        make_folder(os.path.dirname(os.path.abspath(args.pairs)))
+        return write_pairs(args.pairs, args.count, args.seed)
     if args.check:
         return check(args.output_dir)
     if min(args.vae_steps, args.unet_steps, args.pictures) < 1:

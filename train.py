@@ -6,10 +6,12 @@ Preference alignment of a text-to-image diffusion model under any f-divergence: 
     python train.py --div alpha --alpha 0.4 --seed 1        another divergence, another seed
     python train.py --div js --resume                       go on where a run was stopped or killed
     python train.py --div js --model DIR --prompts my.txt --judge pickscore     your model, prompts, judge
+    python train.py --div js --pairs DIR                    preference pairs of your own (pairs.py) in place of a judge
     torchrun --standalone --nproc_per_node=4 train.py --div js --gradient_accumulation_steps 1     SPO's four GPUs
 
 The method is SPO (arXiv 2406.04314) with the loss of arXiv 2409.09774: every denoising step is a choice between
-children of one x_t, and loss = -log sigmoid(beta f'(X_w) - beta f'(X_l)), X = p_theta / p_ref of that step.
+children of one x_t, and loss = -log sigmoid(beta f'(X_w) - beta f'(X_l)), X = p_theta / p_ref of that step. With --pairs
+it is the same loss on finished images, where log X is Diffusion-DPO's bound (arXiv 2311.12908).
 
 As SPO: K = 4 children from step 4 of 20 on, best against worst, a random child goes on, guidance in sampling and in
 training, LoRA of rank 4, AdamW, X clamped to [0.9, 1.1], log-ratios averaged over the latent.
@@ -40,15 +42,18 @@ import toy
 from divergences import NAMES, get_divergence
 from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
 from judges import JUDGES, WeightsMissing, find_url, load_judge
-from loss import CLIPS, REDUCE, alignment_loss, step_log_ratios
+from loss import CLIPS, REDUCE, alignment_loss, noise_log_ratio, step_log_ratios
+from pairs import open_pairs
 from ranks import World, no_pairs
-from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, collect_pairs, compile_pipeline, encode_prompts, labelled_grid,
-                    load_pipeline, load_preview, lora_off, lora_state, make_folder, pick_device, predict_noise, read_prompts,
-                    progress_bar, resolve_model, run_cli, save_lora, set_lora, write_file)
+from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, as_reference, collect_pairs, compile_pipeline, encode_prompts,
+                    labelled_grid, load_pipeline, load_preview, make_folder, pick_device, policy_state, predict_noise, progress_bar,
+                    read_prompts, resolve_model, run_cli, save_policy, set_policy, train_all, write_file)
 
 SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_training_and_inference/assets/prompts/4k_training_prompts.json",
                "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4")  # sha256; 4,000 captions of Pick-a-Pic v1
-FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device")
+FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device", "cache_dir")
+PAIRS_PRESET = dict(beta=5.0, clip="none")  # Diffusion-DPO's, whose code says 5000 where S = 1000 is not drawn out; no clamp
+NOT_WITH_PAIRS = ("sample_batch_size", "num_children", "first_step", "threshold", "eta", "preview_decoder")
 
 
 def build_parser(preset):
@@ -71,8 +76,11 @@ def build_parser(preset):
     flag("weights", None, "a folder with the judge's weights, in place of the hub (judges.py says how)", type=str)
     flag("preview_decoder", None, "a tiny autoencoder (madebyollin/taesd) that decodes for the judge: faster, not equivalent; its agreement "
          "with the VAE is logged", type=str)
+    flag("pairs", None, "preference pairs of your own: a folder with pairs.csv or .jsonl, or a .parquet file (pairs.py)", type=str)
+    flag("skip_bad", False, "leave out pairs whose images are missing or damaged", **on)
+    flag("cache_dir", os.path.join("out", "latents"), "where --pairs keeps encoded images, for all runs (SD1.5: 64 KB each)")
     flag("prompts", None, "a .txt file, one prompt a line, or .json, .jsonl, .csv (default: the toy's own; for SD1.5 SPO's 4,000, "
-         "downloaded once)", type=str)
+         "downloaded once); with --pairs: of the pictures and the table (default: held-out captions)", type=str)
     # sampling
     flag("num_epochs", 10, "passes over the prompts")
     flag("sample_batch_size", 10, "prompts a rollout, on every rank")
@@ -89,6 +97,7 @@ def build_parser(preset):
     flag("adam_weight_decay", 1e-4, "AdamW's")
     flag("max_grad_norm", 1.0, "0: no clipping")
     flag("rank", 4, "of the LoRA; alpha = rank")
+    flag("full", False, "train all weights of the UNet, in fp32, with a frozen copy as the reference, in place of a LoRA", **on)
     flag("mixed_precision", "auto", "of the frozen weights and activations; auto: bf16 on CUDA, no elsewhere",
          choices=("auto", "bf16", "fp16", "no"))
     flag("gradient_checkpointing", False, "less memory, a third more time", **on)
@@ -109,21 +118,26 @@ def parse(argv):
     """Flags -> (args, where the model is, why). The toy's preset replaces a few defaults, so --help shows those in force."""
     first = Parser(add_help=False)
     first.add_argument("--model", default="auto")
-    where, why = resolve_model(first.parse_known_args(argv)[0].model)
+    first.add_argument("--pairs")
+    known, _ = first.parse_known_args(argv)
+    where, why = resolve_model(known.model)
     is_toy = os.path.realpath(where) == TOY
-    preset = toy.PRESET if is_toy else {}
+    preset = (toy.PRESET if is_toy else {}) | ((PAIRS_PRESET | (toy.PAIRS_PRESET if is_toy else {})) if known.pairs else {})
     parser = build_parser(preset)
     args = parser.parse_args(argv)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args), missing := object()))
     typed = {k: v for k, v in vars(parser.parse_args(argv, untyped)).items() if v is not missing}
     if args.output_dir is None:
-        tag = args.div + (f"{args.alpha:g}" if args.alpha is not None else "")
+        tag = args.div + (f"{args.alpha:g}" if args.alpha is not None else "") + ("-pairs" if args.pairs else "")
         args.output_dir = os.path.join("out", f"{os.path.basename(where.rstrip('/'))}-{tag}")
     args.model = "toy" if is_toy else where
     if args.judge == "auto":
-        args.judge = "taste" if is_toy else "step_aware"
+        args.judge = "taste" if is_toy else "none" if args.pairs else "step_aware"
     if args.resume:
         args = resumed_args(args, typed)
+    idle = [k for k in NOT_WITH_PAIRS if args.pairs and k in typed]
+    if idle:
+        raise UserError(f"--{idle[0]} is about sampling pairs, and --pairs has them already: leave one of the two out")
     return args, why
 
 
@@ -153,15 +167,17 @@ def validate(args):
         raise UserError(f"--div {args.div}: {e}") from e
     need = [
         *((math.isfinite(v), f"--{k} must be a finite number, got {v}") for k, v in vars(args).items() if isinstance(v, float)),
-        (args.judge in JUDGES, f"unknown judge {args.judge!r}: choose one of {', '.join(JUDGES)}"),
+        (args.judge in JUDGES or args.pairs and args.judge == "none",
+         f"unknown judge {args.judge!r}: choose one of {', '.join(JUDGES)}" + (", none" if args.pairs else "")),
         (args.beta > 0, f"--beta must be positive, got {args.beta}"),
         (0 < args.clip_range < 1, f"--clip_range must lie strictly between 0 and 1, got {args.clip_range}"),
-        (args.num_children >= 2, f"--num_children must be at least 2 (a pair needs two), got {args.num_children}"),
         (1 <= args.num_inference_steps <= 500, f"--num_inference_steps must lie in 1..500, got {args.num_inference_steps}"),
-        (0 <= args.first_step < args.num_inference_steps,
-         f"--first_step must be below --num_inference_steps ({args.num_inference_steps}), got {args.first_step}"),
-        (0 <= args.threshold < 1, f"--threshold is a difference of probabilities, in [0, 1), got {args.threshold}"),
-        (args.eta > 0, f"--eta must be positive: without noise all children are the same, got {args.eta}"),
+        *([] if args.pairs else [
+            (args.num_children >= 2, f"--num_children must be at least 2 (a pair needs two), got {args.num_children}"),
+            (0 <= args.first_step < args.num_inference_steps,
+             f"--first_step must be below --num_inference_steps ({args.num_inference_steps}), got {args.first_step}"),
+            (0 <= args.threshold < 1, f"--threshold is a difference of probabilities, in [0, 1), got {args.threshold}"),
+            (args.eta > 0, f"--eta must be positive: without noise all children are the same, got {args.eta}")]),
         (args.learning_rate > 0, f"--learning_rate must be positive, got {args.learning_rate}"),
         (args.adam_weight_decay >= 0, f"--adam_weight_decay must be at least 0, got {args.adam_weight_decay}"),
         (args.max_grad_norm >= 0, f"--max_grad_norm must be at least 0, got {args.max_grad_norm}"),
@@ -188,6 +204,22 @@ def spo_prompts(weights=None):
     return path
 
 
+def split_pairs(args, pipe):
+    """(PairSet to train on, held-out captions); no pair of a held-out caption is trained on. --prompts FILE names them itself."""
+    data = open_pairs(args.pairs, pipe, args.cache_dir, args.skip_bad, args.seed)
+    if args.resume and getattr(args, "pairs_sha256", data.digest) != data.digest:
+        raise UserError("the pairs, or their images, were edited since this run began: put them back, or start another run with another "
+                        "--output_dir")
+    args.pairs_sha256 = data.digest
+    captions = list(dict.fromkeys(data.captions))
+    held = read_prompts(args.prompts)[:args.num_eval_prompts] if args.prompts else hold_out(captions, args.num_eval_prompts)[1]
+    if not held:
+        print("one caption: none is held out, the table at the end is about it")
+        held = captions
+    rest = data.without(held)
+    return (rest if len(rest) else data), held
+
+
 def split_prompts(args):
     """(training prompts, held-out prompts): held out evenly through the file, whatever the seed, so runs compare."""
     if args.prompts:
@@ -212,14 +244,33 @@ def split_prompts(args):
 # One step
 
 def pair_loss(pipe, pairs, index, null, div, beta, args):
-    """Eq. 5 on the pairs at `index`: ONE policy and ONE reference prediction for both children. -> (loss, stats)"""
+    """Eq. 5 on some pairs of a rollout. Winner and loser share x_t, t and prompt, so one prediction of either policy serves both."""
+    if args.pairs:
+        return image_pair_loss(pipe, pairs, index, div, beta, args)
     x_t, t, text = pairs.x_t[index], pairs.t[index], pairs.text[pairs.prompt[index]]
-    with torch.no_grad(), lora_off(pipe.unet):
+    eps = predict_noise(pipe.unet, x_t, t, text, null, args.guidance_scale)           # (B, 4, h, w)
+    with torch.no_grad(), as_reference(pipe):
         eps_ref = predict_noise(pipe.unet, x_t, t, text, null, args.guidance_scale)
-    eps = predict_noise(pipe.unet, x_t, t, text, null, args.guidance_scale)     # (n, 4, h, w)
     u_w, u_l = step_log_ratios(eps, eps_ref, x_t, pairs.x_w[index], pairs.x_l[index], t, pipe.scheduler.alphas_cumprod,
                                args.num_inference_steps, args.eta, args.log_ratio)
-    return alignment_loss(u_w, u_l, div, beta, args.clip_range, args.clip)
+    loss, stats = alignment_loss(u_w, u_l, div, beta, args.clip_range, args.clip)
+    return loss, stats | {"t": t}
+
+
+def image_pair_loss(pipe, data, index, div, beta, args):
+    """Eq. 5 on some pairs of finished images (pairs.py): winner and loser under one noise, no guidance, t of all T."""
+    *tensors, captions, weight = data.batch(index, len(pipe.scheduler.alphas_cumprod))
+    x_w, x_l, eps, t, weight = (x.to(pipe.unet.device) for x in (*tensors, weight))
+    a = pipe.scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    both, B = lambda x: torch.cat([x, x]), len(t)
+    x_t = a.sqrt().repeat(2, 1, 1, 1) * torch.cat([x_w, x_l]) + both((1 - a).sqrt() * eps)   # (2B, 4, h, w)
+    rows = x_t, both(t), both(encode_prompts(pipe, captions)), None, 0.0
+    eps_hat = predict_noise(pipe.unet, *rows)
+    with torch.no_grad(), as_reference(pipe):
+        eps_ref = predict_noise(pipe.unet, *rows)
+    u = noise_log_ratio(eps_hat, eps_ref, both(eps), len(pipe.scheduler.alphas_cumprod), args.log_ratio)
+    loss, stats = alignment_loss(u[:B], u[B:], div, beta, args.clip_range, args.clip, weight)
+    return loss, stats | {"t": t}
 
 
 def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scaler, world=None):
@@ -239,14 +290,14 @@ def optimiser_step(pipe, pairs, group, null, div, beta, args, params, opt, scale
         loss, s = pair_loss(pipe, pairs, index, null, div, beta, args)
         if not torch.isfinite(loss):
             i = int((~torch.isfinite(s["loss"])).nonzero()[0])
-            raise FloatingPointError(f"timestep {int(pairs.t[index][i])}, X_w {float(s['X_w'][i]):g}, X_l {float(s['X_l'][i]):g}")
+            raise FloatingPointError(f"timestep {int(s['t'][i])}, X_w {float(s['X_w'][i]):g}, X_l {float(s['X_l'][i]):g}")
         scaler.scale(loss * (len(index) / full)).backward()
         stats.append(s)
     world.sum_gradients(params)
     scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf)
     if not scaler.is_enabled() and not torch.isfinite(norm):  # the loss can saturate to 0 while its gradient overflows
-        raise FloatingPointError(f"gradient norm {norm.item()}, timesteps {sorted(set(pairs.t[group].tolist()))}, "
+        raise FloatingPointError(f"gradient norm {norm.item()}, timesteps {sorted({int(t) for s in stats for t in s['t']})}, "
                                  f"X_w up to {max((s['X_w'].max().item() for s in stats), default=math.nan):g}")
     scaler.step(opt)    # skipped by the scaler if fp16 gradients overflowed
     scaler.update()
@@ -258,17 +309,19 @@ def _join_stats(stats, n, world):
     """[{name: (n_i,)}] of this rank's batches -> {name: (n,)} over all ranks, in the group's order, on the CPU."""
     if world.size == 1:
         return {k: torch.cat([s[k] for s in stats]).cpu() for k in stats[0]}
-    names = ("loss", "margin", "accuracy", "X_w", "X_l", "clip_fraction")
+    names = ("loss", "margin", "accuracy", "X_w", "X_l", "clip_fraction", "t")
     table = torch.cat([torch.zeros(0, len(names)), *(torch.stack([s[k].float().cpu() for k in names], 1) for s in stats)])
     where = torch.cat([torch.arange(n)[r::world.size] for r in range(world.size)])  # row i of the union is pair where[i]
     return dict(zip(names, world.join_rows(table)[where.argsort()].unbind(1)))
 
 
-def step_record(stats, t):
+def step_record(stats):
     """Means over the step's pairs, and over each quarter of the timesteps: loss_q1 (t 0..249) .. loss_q4 (750..999)."""
+    stats = dict(stats)
+    quarter = (stats.pop("t") // 250).clamp(max=3)
     record = {k: v.mean().item() for k, v in stats.items()}
     for q in range(4):
-        here = (t.cpu() // 250).clamp(max=3) == q
+        here = quarter == q
         record |= {f"{k}_q{q + 1}": v[here].mean().item() if here.any() else None for k, v in stats.items()}
     return record
 
@@ -282,9 +335,10 @@ class Run:
     def __init__(self, args, pipe, params, opt, scaler):
         self.args, self.pipe, self.params, self.opt, self.scaler = args, pipe, params, opt, scaler
         self.folder, self.stop = args.output_dir, False
-        self.rollout = self.step = self.seen = 0     # seen: prompts of all finished rollouts, the epochs' in a row
+        self.rollout = self.step = self.seen = 0     # seen: prompts of all finished rollouts, or --pairs trained on, the epochs' in a row
         self.done = 0                                # pairs of this rollout already trained on
         self.pairs = self.order = self.preview = None
+        self.data = self.held_out = None             # of --pairs
         self.world = World()
         self.log_path, self.state_path = (os.path.join(self.folder, f) for f in ("metrics.jsonl", "state.pt"))
 
@@ -305,16 +359,16 @@ class Run:
             self.save()
 
     def save(self):
-        """The LoRA for others, then all that a bit-for-bit continuation needs, its own copy of the LoRA included."""
+        """The policy for others, then all that a bit-for-bit continuation needs, its own copy of the policy included."""
         if self.world.rank:
             return
         pairs = None if self.pairs is None else vars(self.pairs)
-        state = {"lora": lora_state(self.pipe.unet), "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
+        state = {"policy": policy_state(self.pipe), "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
                  "rollout": self.rollout, "seen": self.seen, "step": self.step, "done": self.done, "pairs": pairs, "order": self.order,
                  "log_bytes": os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        save_lora(self.pipe.unet, self.folder)
+        save_policy(self.pipe, self.folder)
         write_file(self.state_path, buffer.getvalue())
 
     def load(self):
@@ -322,10 +376,10 @@ class Run:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises many types for a damaged archive
             raise UserError(f"{self.state_path} is damaged ({type(e).__name__}): start again in another --output_dir") from e
-        if "seen" not in state:
+        if "policy" not in state:
             raise UserError(f"{self.state_path} was written by an earlier version of this code: go on with that one, or start again in "
                             "another --output_dir")
-        set_lora(self.pipe.unet, state["lora"], self.state_path)
+        set_policy(self.pipe, state["policy"], self.state_path)
         self.opt.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.rollout, self.seen, self.step, self.done, self.order = (state[k] for k in ("rollout", "seen", "step", "done", "order"))
@@ -374,12 +428,15 @@ def device_name(device):
 # ---------------------------------------------------------------------------------------------------------------
 # What a person sees
 
+def samples_path(run, epoch):
+    return os.path.join(run.folder, "samples", f"epoch_{epoch:03d}.png")
+
+
 def save_samples(run, prompts, epoch, reference):
     images = paint(run.pipe, prompts, reference.shape[1], run.args)
     rows = [row for i, p in enumerate(prompts)
             for row in ((f"{p}   [reference]", reference[i]), (f"{p}   [aligned, epoch {epoch}]", images[i]))]
-    path = os.path.join(run.folder, "samples", f"epoch_{epoch:03d}.png")
-    labelled_grid(rows, path, cell=96 if images.shape[-1] < 128 else 256)
+    labelled_grid(rows, samples_path(run, epoch), cell=96 if images.shape[-1] < 128 else 256)
 
 
 def final_table(run, judge, prompts):
@@ -409,8 +466,12 @@ def draw_curves(run):
     window = np.ones(min(9, len(x)))
     smooth = lambda v: np.convolve(v, window, "same") / np.convolve(np.ones(len(v)), window, "same")
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), constrained_layout=True)
-    axes[0].plot([r["step"] for r in rolls], [r["judge_final"] for r in rolls], "o-", ms=3, color="#b2182b")
-    axes[0].set_title("judge, finished training images")
+    if rolls:
+        axes[0].plot([r["step"] for r in rolls], [r["judge_final"] for r in rolls], "o-", ms=3, color="#b2182b")
+        axes[0].set_title("judge, finished training images")
+    else:  # --pairs
+        axes[0].plot(x, smooth([r["margin"] for r in steps]), color="#b2182b")
+        axes[0].set_title("margin")
     for ax, key, title, level in ((axes[1], "loss", "loss", math.log(2)), (axes[2], "accuracy", "accuracy before the step", .5),
                                   (axes[3], "clip_fraction", "clip fraction", None)):
         v = [r[key] for r in steps]
@@ -442,9 +503,10 @@ def setup(args, world=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     pipe = load_pipeline(args.model, device, dtype)
     preview = load_preview(args.preview_decoder, pipe) if args.preview_decoder else None
-    judge = load_judge(args.judge, device, args.weights)
+    judge = load_judge(args.judge, device, args.weights) if args.judge != "none" else None
+    data, held_out = split_pairs(args, pipe) if args.pairs else (None, None)
     torch.manual_seed(args.seed)
-    params = add_lora(pipe.unet, args.rank)  # a list: see there
+    params = train_all(pipe) if args.full else add_lora(pipe.unet, args.rank)  # lists: see there
     opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8,
                             fused=device.startswith("cuda"))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
@@ -454,18 +516,18 @@ def setup(args, world=None):
     make_fast(pipe, judge, args)
     make_folder(os.path.join(args.output_dir, "samples"))
     run = Run(args, pipe, params, opt, scaler)
-    run.preview, run.world = preview, world or World()
+    run.preview, run.world, run.data, run.held_out = preview, world or World(), data, held_out
     return run, judge
 
 
 def make_fast(pipe, judge, args):
     """What changes the time and not the result: memory layout on CUDA, --compile."""
     if pipe.unet.device.type == "cuda":
-        for part in (pipe.unet, pipe.vae):
+        for part in (pipe.unet, pipe.vae, *([pipe.frozen_unet] if args.full else [])):
             part.to(memory_format=torch.channels_last)  # what convolutions in half precision are fastest in
     if args.compile:
-        rows = 2 if args.guidance_scale > 1 else 1
-        compile_pipeline(pipe, rows * args.sample_batch_size, rows * args.train_batch_size)
+        rows = 2 if args.guidance_scale > 1 or args.pairs else 1
+        compile_pipeline(pipe, rows * args.train_batch_size, *([] if args.pairs else [rows * args.sample_batch_size]))
         if hasattr(judge, "compile"):
             judge.compile(args.sample_batch_size * args.num_children)
 
@@ -500,60 +562,93 @@ def rollout(run, judge, prompts, bar):
             valid=len(run.pairs) / run.pairs.candidates, seconds=time.time() - start, peak_gb=peak_gb(run.pipe.unet.device))
 
 
+def one_step(run, pairs, group, div, beta, null, bar):
+    """One optimiser step on a group of pairs, and its line in the log."""
+    start = time.time()
+    try:
+        stats, norm = optimiser_step(run.pipe, pairs, group, null, div, beta, run.args, run.params, run.opt, run.scaler, run.world)
+    except FloatingPointError as e:
+        run.log("error", message=f"not finite: {e}")
+        raise UserError(f"loss or gradient is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
+                        f"or keep the clip; the last checkpoint is in {run.folder}") from e
+    run.step += 1
+    run.log("step", **step_record(stats), pairs=len(group), grad_norm=norm if math.isfinite(norm) else None,  # fp16 may overflow;
+            lr=run.opt.param_groups[0]["lr"], seconds=time.time() - start)                                  # the scaler then skips the step
+    judged = "" if run.args.pairs else f" judge {run.pairs.scores['final']:.2f},"
+    bar.set_postfix_str(f"step {run.step},{judged} accuracy {stats['accuracy'].mean():.2f}", refresh=False)
+
+
+def checkpoint(run):
+    """After every step, where the state is whole. False at --max_train_steps."""
+    if run.step == run.args.max_train_steps:
+        return False
+    if run.step % run.args.checkpointing_steps == 0:
+        run.save()
+    run.check_stop()
+    return True
+
+
+def group_size(run):
+    return run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world.size
+
+
 def train_on_rollout(run, div, beta, null, bar):
-    """One pass over run.pairs in run.order, from run.done on; checkpoints on the way. Returns False at max_train_steps."""
-    args = run.args
-    size = args.train_batch_size * args.gradient_accumulation_steps * run.world.size
+    """One pass over run.pairs in run.order, from run.done on. False at --max_train_steps."""
     while run.done < len(run.pairs):
-        group, start = run.order[run.done:run.done + size], time.time()
-        try:
-            stats, norm = optimiser_step(run.pipe, run.pairs, group, null, div, beta, args, run.params, run.opt, run.scaler,
-                                         run.world)
-        except FloatingPointError as e:
-            run.log("error", message=f"not finite: {e}")
-            raise UserError(f"loss or gradient is not finite at optimiser step {run.step + 1}, {e}: lower --learning_rate or --beta, "
-                            f"or keep the clip; the last checkpoint is in {run.folder}") from e
-        run.step, run.done = run.step + 1, run.done + len(group)
-        run.log("step", **step_record(stats, run.pairs.t[group]), pairs=len(group),
-                grad_norm=norm if math.isfinite(norm) else None,  # fp16 may overflow; the scaler then skips the step
-                lr=run.opt.param_groups[0]["lr"], seconds=time.time() - start)
-        bar.set_postfix_str(f"step {run.step}, judge {run.pairs.scores['final']:.2f}, accuracy {stats['accuracy'].mean():.2f}")
-        if run.step == args.max_train_steps:
+        group = run.order[run.done:run.done + group_size(run)]
+        one_step(run, run.pairs, group, div, beta, null, bar)
+        run.done += len(group)
+        if not checkpoint(run):
             return False
-        if run.step % args.checkpointing_steps == 0:
-            run.save()
-        run.check_stop()
+    run.rollout, run.seen = run.rollout + 1, run.seen + len(run.pairs.text)
+    run.pairs, run.order, run.done = None, None, 0
+    return True
+
+
+def train_on_data(run, div, beta, null, bar):
+    """The rest of an epoch over --pairs. False at --max_train_steps."""
+    N = len(run.data)
+    run.data.epoch, at = divmod(run.seen, N)
+    for group in run.data.order(run.data.epoch)[at:].split(group_size(run)):
+        one_step(run, run.data, group, div, beta, null, bar)
+        run.seen += len(group)
+        bar.n = run.seen
+        bar.update(0)
+        if not checkpoint(run):
+            return False
     return True
 
 
 def train(run, judge, prompts, held_out, div, beta):
-    """Rollouts until the epochs, or --max_train_steps, are through; a picture after every epoch."""
+    """Epochs over the prompts, by rollouts, or over --pairs; a picture after every epoch. Ends there or at --max_train_steps."""
     args, first = run.args, run.world.rank == 0
     null, shown = encode_prompts(run.pipe, [""]), held_out[:4]
     reference = paint(run.pipe, shown, 6, args, reference=True) if first else None
     def picture(epoch):
-        if first:
+        if first and not (args.resume and os.path.exists(samples_path(run, epoch))):
             save_samples(run, shown, epoch, reference)
-    if run.rollout == 0 and run.pairs is None:
-        picture(0)
-    limit, N = args.max_train_steps, len(prompts)
+    limit, N = args.max_train_steps, len(run.data or prompts)
+    if run.seen % N == 0 and run.pairs is None:  # a new run; or one that was stopped before it had painted
+        picture(run.seen // N)
     with progress_bar(total=N * args.num_epochs, initial=run.seen, disable=not first,
-                      bar_format="{l_bar}{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]{postfix}") as bar:
+                      bar_format="{l_bar}{bar}| {n:.0f}/{total} " + ("pairs" if args.pairs else "prompts") + " [{elapsed}<{remaining}]{postfix}") as bar:
         while run.seen < N * args.num_epochs and not 0 < limit <= run.step:
             run.check_stop()
-            if run.pairs is None:
-                rollout(run, judge, prompts, bar)
-            if len(run.pairs) == 0 and first:
-                print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
-                      f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
-            if not train_on_rollout(run, div, beta, null, bar):
+            if run.data:
+                more = train_on_data(run, div, beta, null, bar)
+            else:
+                if run.pairs is None:
+                    rollout(run, judge, prompts, bar)
+                if len(run.pairs) == 0 and first:
+                    print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
+                          f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
+                more = train_on_rollout(run, div, beta, null, bar)
+            if not more:
                 break
-            run.rollout, run.seen = run.rollout + 1, run.seen + len(run.pairs.text)
-            run.pairs, run.order, run.done = None, None, 0
             if run.seen % N == 0:
                 picture(run.seen // N)
     if run.done or run.seen % N:  # --max_train_steps cut an epoch short: its picture all the same
-        picture(run.seen // N + 1)
+        save_samples(run, shown, run.seen // N + 1, reference) if first else None
     run.save()
     run.check_stop()
 
@@ -571,13 +666,16 @@ def main():
     if world.rank:
         sys.stdout = open(os.devnull, "w")
     with world.in_turn():
-        prompts, held_out = split_prompts(args)
-    print(f"model: {args.model} ({why}); judge: {args.judge}; {len(prompts)} training prompts, {len(held_out)} held out"
-          + (f"; {world.size} ranks" if world.size > 1 else ""))
+        prompts, held_out = (None, None) if args.pairs else split_prompts(args)
+    about = f"pairs: {args.pairs}" if args.pairs else f"{len(prompts)} training prompts, {len(held_out)} held out"
+    print(f"model: {args.model} ({why}); judge: {args.judge}; {about}" + (f"; {world.size} ranks" if world.size > 1 else ""))
     print(f"divergence: {div.name}, f''(1) = {div.curvature:g}, effective beta {beta:g}, learning rate {args.learning_rate:g}; "
           f"output: {args.output_dir}", flush=True)
     with world.in_turn():
         run, judge = setup(args, world)
+    if args.pairs:
+        held_out = run.held_out
+        print(f"{len(run.data)} pairs of {len(set(run.data.captions))} captions to train on; {len(held_out)} prompts held out")
     run.begin(held_out)
     def on_signal(number, frame):
         if run.stop:
@@ -603,7 +701,7 @@ def main():
         sys.exit(130)
     print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
     print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir} --model {args.model}')
-    other = " ".join(f"--{k} {getattr(args, k)}" for k in ("model", "judge", "prompts") if getattr(args, k))
+    other = " ".join(f"--{k} {getattr(args, k)}" for k in ("model", "judge", "prompts", "pairs") if getattr(args, k))
     print(f"  python evaluate.py {args.output_dir}      Tables 2 and 3 of the paper, as far as they go without downloads")
     print(f"  python train.py --div {'rkl' if args.div != 'rkl' else 'js'} {other}      the same under another divergence")
 

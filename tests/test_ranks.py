@@ -5,24 +5,31 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import sample
 import toy
+import train
+from child import Child, ranks
 from conftest import ROOT
 from sample import LORA_FILE
 
-# Pairs that depend on their prompt alone, from none to five of it, in the prompts' order: what one rank with all prompts
-# and two ranks with half of them each must agree on. In float64, since Adam's first steps are lr * sign(g), however small
-# g is: they make 1e-6 of weight out of fp32's rounding.
-SCRIPT = """
-import sys, zlib
-sys.path.insert(0, {root!r})
-import torch, sample, train
+
+def log(folder, kind):
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            return [r for r in map(json.loads, f.read().split("\n")[:-1]) if r["kind"] == kind]
+    except OSError:
+        return []
+
 
 def collect(pipe, judge, prompts, generator, *_, progress, **__):
+    """Pairs that depend on their prompt alone, from none to five of it, in the prompts' order: what one rank with all prompts
+    and two ranks with half of them each must agree on."""
     shape, rows = sample.latent_shape(pipe), []
     for i, prompt in enumerate(prompts):
         crc = zlib.crc32(prompt.encode())
@@ -35,53 +42,38 @@ def collect(pipe, judge, prompts, generator, *_, progress, **__):
     return sample.Pairs(stack(0), stack(1), stack(2), index(3), index(4), sample.encode_prompts(pipe, prompts),
                         dict(mean=float(len(rows)), std=1.0, final=0.0), 4 * len(prompts))
 
-def load(*args):
-    pipe = sample.load_pipeline(*args)
-    pipe.unet.double(), pipe.text_encoder.double()
-    return pipe
 
-def lora(unet, rank):
-    params = sample.add_lora(unet, rank)
-    for p in params:
-        p.data = p.data.double()
-    return params
-
-def predict(unet, x, t, text, null, guidance):  # sample.predict_noise without its cast to fp32
+def predict(unet, x, t, text, null, guidance):
+    """sample.predict_noise without its cast to fp32."""
+    if guidance <= 1:
+        return unet(x.double(), t, text).sample
     a, b = unet(torch.cat([x, x]).double(), torch.cat([t, t]), torch.cat([null.expand_as(text), text])).sample.chunk(2)
     return a + guidance * (b - a)
 
-train.collect_pairs, train.load_pipeline, train.add_lora, train.predict_noise = collect, load, lora, predict
-sample.run_cli(train.main)
-"""
 
-
-def launch(script, *argv, ranks=2):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *how, script, *map(str, argv)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def log(folder, kind):
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            return [r for r in map(json.loads, f.read().split("\n")[:-1]) if r["kind"] == kind]
-    except OSError:
-        return []
+def in_double():
+    """Known pairs, and float64: Adam's first steps are lr * sign(g), however small g is, and make 1e-6 of weight out of fp32's
+    rounding."""
+    def load(*args):
+        pipe = sample.load_pipeline(*args)
+        pipe.unet.double(), pipe.text_encoder.double()
+        return pipe
+    def lora(unet, rank):
+        params = sample.add_lora(unet, rank)
+        for p in params:
+            p.data = p.data.double()
+        return params
+    train.collect_pairs, train.load_pipeline, train.add_lora, train.predict_noise = collect, load, lora, predict
 
 
 def test_two_ranks_are_one_rank_with_the_union_of_their_pairs(small_run, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=ROOT))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(toy.prompts()[::9][:9]))
     common = small_run + ["--prompts", prompts, "--num_eval_prompts", 2, "--num_epochs", 2, "--learning_rate", 1e-4]  # 7 to train
     one, two = tmp_path / "one", tmp_path / "two"
-    jobs = [launch(script, *common, "--sample_batch_size", 6, "--gradient_accumulation_steps", 2, "--output_dir", one, ranks=1),
-            launch(script, *common, "--sample_batch_size", 3, "--gradient_accumulation_steps", 1, "--output_dir", two)]
-    for job in jobs:
-        out, _ = job.communicate(timeout=150)
-        assert job.returncode == 0, out
+    for code, out in (Child("train.py", *common, "--sample_batch_size", 6, "--output_dir", one, change=in_double).wait(),
+                      *ranks("train.py", *common, "--sample_batch_size", 3, "--gradient_accumulation_steps", 1, "--output_dir", two, change=in_double)):
+        assert code == 0, out
     rolls, steps = log(two, "rollout"), log(two, "step")
     assert len(rolls) == 4 and len(steps) > 4                   # an epoch's second rollout has one prompt: rank 1 has none
     assert any(s["pairs"] % 2 for s in steps), "no step in which the ranks' shares differ"
@@ -112,7 +104,9 @@ def workers(job):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, tmp_path):
     folder = tmp_path / "run"
-    job = launch("train.py", *small_run, "--num_epochs", 200, "--output_dir", folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = subprocess.Popen([*torchrun, "train.py", *map(str, small_run), "--num_epochs", "200", "--output_dir", str(folder)], cwd=ROOT, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.time() + 120
     while len(log(folder, "step")) < 4 and job.poll() is None and time.time() < deadline:
         time.sleep(0.05)
@@ -122,12 +116,12 @@ def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, tmp
     assert job.returncode != 0 and "lost the other ranks" in out and "--resume goes on" in out, out
     state = torch.load(folder / "state.pt", weights_only=True)
     step = state["step"]
-    assert step >= 2 and state["lora"].keys() == load_file(folder / LORA_FILE).keys()
+    assert step >= 2 and state["policy"].keys() == load_file(folder / LORA_FILE).keys()
     code, out, err = command("train.py", "--resume", "--output_dir", folder, "--max_train_steps", step + 3, "--model", small_run[1])
     assert code == 0 and f"resumed at optimiser step {step}" in out, err
     assert [r["step"] for r in log(folder, "step")] == list(range(1, step + 4))
 
 
 def test_bad_input_is_said_once(tmp_path, small_run):
-    out, _ = (job := launch("train.py", *small_run, "--beta", -1, "--output_dir", tmp_path / "run")).communicate(timeout=90)
-    assert job.returncode != 0 and out.count("--beta must be positive") == 1 and not (tmp_path / "run").exists()
+    said = ranks("train.py", *small_run, "--beta", -1, "--output_dir", tmp_path / "run")
+    assert said == [(2, "train.py: --beta must be positive, got -1.0\n"), (2, "")] and not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ import judges
 import sample
 import toy
 import train
+from child import Child
 from conftest import ROOT
 from divergences import NAMES, get_divergence
 from sample import LORA_FILE, Pairs, collect_pairs, encode_prompts, lora_off, predict_noise
@@ -273,26 +274,6 @@ def test_mixed_precision_on_cuda(command, small_run, tmp_path, precision):
 
 # ---- kills and resumption
 
-KILLER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import sample, train
-count = 0
-def bomb(module, name, at):
-    original = getattr(module, name)
-    def wrapped(*a, **kw):
-        global count
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIG{sig})
-        return original(*a, **kw)
-    setattr(module, name, wrapped)
-bomb({module}, {name!r}, {at})
-sys.argv = ["train.py"] + {argv!r}
-sample.run_cli(train.main)
-"""
 # (signal, module, function, at which of its calls), each in a process that resumed where the one before it died
 KILLS = [("KILL", "sample", "predict_noise", 11),   # in the first rollout
          ("TERM", "sample", "predict_noise", 10),   # the same, politely: saves and says how to go on
@@ -304,24 +285,22 @@ KILLS = [("KILL", "sample", "predict_noise", 11),   # in the first rollout
 
 
 def go(argv, kill=None):
-    sig, module, name, at = kill or ("KILL", "os", "fsync", -1)
-    code = KILLER.format(root=ROOT, sig=sig, module=module, name=name, at=at, argv=[str(a) for a in argv])
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Child("train.py", *argv, kill=kill).wait()
 
 
 def test_killed_anywhere_resume_ends_with_the_same_bits(small_run, tmp_path):
     """The same run killed seven times at seven kinds of moment, each time resumed: bit-identical LoRA and log."""
     base = small_run + ["--num_epochs", 2]
-    assert go(base + ["--output_dir", tmp_path / "whole"]).returncode == 0
+    assert go(base + ["--output_dir", tmp_path / "whole"])[0] == 0
     folder, died = tmp_path / "killed", []
     for i, kill in enumerate(KILLS):
-        r = go(base + ["--output_dir", folder] + (["--resume"] if i else []), kill)
-        died.append(r.returncode)
+        code, said = go(base + ["--output_dir", folder] + (["--resume"] if i else []), kill)
+        died.append(code)
         if kill[0] != "KILL":
-            assert r.returncode == 130 and "--resume --output_dir" in r.stderr, r.stderr
+            assert code == 130 and "--resume --output_dir" in said, said
     assert died == [130 if k[0] != "KILL" else -signal.SIGKILL for k in KILLS]  # every one of them hit a living process
-    end = go(["--resume", "--output_dir", folder])
-    assert end.returncode == 0, end.stderr
+    code, said = go(["--resume", "--output_dir", folder])
+    assert code == 0, said
     assert same(weights(folder), weights(tmp_path / "whole"))
     strip = lambda rs: [{k: v for k, v in r.items() if k not in ("seconds", "peak_gb")} for r in rs]
     for kind in ("step", "rollout", "table"):
