@@ -15,16 +15,18 @@ Writes to --output_dir (out/landscape), each figure as .png and .pdf, the number
 
 A divergence of your own, a line added to divergences.TABLE, is in every figure under its name. All of it is float64.
 """
+import argparse
 import csv
 import io
 import json
+import logging
 import math
 import os
-from argparse import RawDescriptionHelpFormatter
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
@@ -32,8 +34,8 @@ from sample import Parser, UserError, make_folder, progress_bar, run_cli, write_
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8)          # the paper's
 PAPER = ("rkl", *(f"alpha{a:g}" for a in ALPHAS), "fkl", "js")
-X_RANGE, Z_MAX = (0.02, 3.0), 50.0     # Figure 2: at beta 10 reverse KL reaches the paper's Z = 50 in this box's corner
-VIEWS = ((24, -52), (24, 128))         # (elevation, azimuth): into the wall of wrongly ordered pairs, and from behind it
+X_RANGE = (0.02, 3.0)                  # Figure 2: at beta 10 reverse KL reaches the paper's Z = 50 in this box's corner
+VIEWS = ((30, -55), (30, 125))         # (elevation, azimuth): into the wall of wrongly ordered pairs, and from behind it
 REGIONS = ((0.9, 1.1), (0.5, 2.0), (0.1, 10.0))  # SPO's clamp, a factor of 2, a factor of 10; squares in (X_1, X_2)
 PAGE = 7.2                             # inches: the figures are drawn at the width of a page, with 7 point letters
 DPI = 195                              # 1404 pixels
@@ -138,17 +140,19 @@ def grid_rows(name, *columns):
 
 def save(figure, folder, name):
     import matplotlib.pyplot as plt
-    for kind in ("png", "pdf"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=DPI)
-        write_file(os.path.join(folder, f"{name}.{kind}"), buffer.getvalue())
+    pdf, png, small = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    figure.savefig(pdf, format="pdf", dpi=DPI)
+    figure.savefig(png, format="png", dpi=DPI)
+    Image.open(png).convert("RGB").quantize(256).save(small, "PNG", optimize=True)  # a third of the size, no visible change
+    write_file(os.path.join(folder, f"{name}.pdf"), pdf.getvalue())
+    write_file(os.path.join(folder, f"{name}.png"), small.getvalue())
     plt.close(figure)
 
 
 def line_styles(n):
     """n looks that also differ in grey: lightness, dashes and marker."""
     import matplotlib.pyplot as plt
-    colors = plt.cm.viridis(np.linspace(0, .85, n))
+    colors = plt.cm.viridis(np.linspace(0, .78, n))
     return [dict(color=colors[i], ls=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], ms=3, lw=1.1) for i in range(n)]
 
 
@@ -158,60 +162,82 @@ def line_styles(n):
 def draw_figure2(divs, beta, folder, bar):
     """Figure 2: two views a divergence, one scale for all. Arrows: the gradient, uphill; training goes against them."""
     import matplotlib.pyplot as plt
-    n_rows = -(-len(divs) // 2)
-    figure = plt.figure(figsize=(PAGE, 1.72 * n_rows + .6))
+    from mpl_toolkits.mplot3d.art3d import Line3DCollection
+    top = max(5 * beta, 2)                                         # the paper's Z = 50 at its beta of 10
+    n_rows = len(divs) // 2 + 1                                    # two divergences a row, and a place for the key
+    figure = plt.figure(figsize=(PAGE, 1.85 * n_rows))
     surfaces, field = [], []
-    x2 = torch.linspace(*X_RANGE, 33, dtype=torch.float64)[:, None]                     # (33, 1)
-    g = torch.linspace(*X_RANGE, 9, dtype=torch.float64)
-    g1, g2 = torch.meshgrid(g, g, indexing="xy")                                        # (9, 9)
+    x2 = X_RANGE[0] + (X_RANGE[1] - X_RANGE[0]) * spread(37)[:, None]                   # (37, 1)
+    g2, g1 = torch.meshgrid(*[torch.linspace(.2, 2.8, 8, dtype=torch.float64)] * 2, indexing="ij")  # (8, 8)
     for k, div in enumerate(divs):
-        x1 = clipped_axis(x2, div, beta)                                                # (33, 33)
+        x1 = clipped_axis(x2, div, beta, top)                                              # (37, 37)
         z = surface(x1, x2, div, beta)
         surfaces += grid_rows(div.name, x1, x2, z)
         d1, d2 = surface_gradient(g1, g2, div, beta)
         field += grid_rows(div.name, g1, g2, d1, d2)
-        norm = torch.hypot(d1, d2)
-        length = .34 * norm / (norm + beta) / norm.clamp(min=1e-300)                    # bounded: norms span decades
-        seen = norm > 1e-3
+        arrows = plane_arrows(g1, g2, d1, d2, beta)
         for j, (elevation, azimuth) in enumerate(VIEWS):
-            left, bottom = (k % 2 * 2 + j) / 4, 1 - (k // 2 + 1) * 1.72 / figure.get_figheight()
-            ax = figure.add_axes([left, bottom, .25, 1.62 / figure.get_figheight()], projection="3d", computed_zorder=False)
-            picture = ax.plot_surface(*(v.numpy() for v in torch.broadcast_tensors(x1, x2, z)), cmap="viridis", vmin=0, vmax=Z_MAX,
-                                      rcount=33, ccount=33, linewidth=0, antialiased=False, rasterized=True, zorder=1)
-            ax.quiver(*(v[seen].numpy() for v in (g1, g2, torch.full_like(g1, Z_MAX), length * d1, length * d2, 0 * g1)),
-                      color="black", lw=.5, arrow_length_ratio=.45, zorder=2)
+            ax = figure.add_axes([(k % 2 * 2 + j) / 4, 1 - (k // 2 + .96) / n_rows, .24, .95 / n_rows], projection="3d", computed_zorder=False)
+            picture = ax.plot_surface(*torch.broadcast_tensors(x1, x2, z), cmap="YlGnBu", vmin=0, vmax=top, rcount=37,
+                                      ccount=37, linewidth=.15, edgecolor=(0, 0, 0, .35), rasterized=True, zorder=1)
+            ax.plot(*np.array([(0, 0), (3, 0), (3, 3), (0, 3), (0, 0)]).T, top, color="black", lw=.5, zorder=2)
+            ax.add_collection3d(Line3DCollection([[(*p, top) for p in line] for line in arrows], colors="black", linewidths=.55, zorder=3))
             ax.view_init(elevation, azimuth)
-            ax.set(xlim=(0, X_RANGE[1]), ylim=(0, X_RANGE[1]), zlim=(0, Z_MAX), xticks=range(4), yticks=range(4), zticks=(0, 25, 50))
+            ax.set(xlim=(0, 3), ylim=(0, 3), zlim=(0, top), xticks=(0, 1, 2, 3), yticks=(1, 2), zticks=(0, top / 2, top))
+            for axis, label in ((ax.xaxis, "$X_1$"), (ax.yaxis, "$X_2$")):
+                axis.set_rotate_label(False)
+                axis.set_label_text(label)
+                axis.labelpad = -10
             ax.tick_params(pad=-4, labelsize=6)
-            ax.set_xlabel("$X_1$", labelpad=-11)
-            ax.set_ylabel("$X_2$", labelpad=-11)
-            ax.set_box_aspect((1, 1, .8), zoom=1.12)
-        figure.text((k % 2 * 2 + 1) / 4, 1 - (k // 2 * 1.72 + .1) / figure.get_figheight(), div.name, ha="center", va="center", fontsize=8)
+            ax.set_box_aspect((1, 1, .8), zoom=.97)
+        figure.text((k % 2 * 2 + 1) / 4, 1 - (k // 2 + .05) / n_rows, div.name, ha="center", va="center", fontsize=9)
         bar.update()
-    ax = figure.add_axes([.3, .3 / figure.get_figheight(), .4, .09 / figure.get_figheight()])
+    k = len(divs)
+    ax = figure.add_axes([k % 2 * .5 + .08, 1 - (k // 2 + .5) / n_rows, .34, .06 / n_rows])
     figure.colorbar(picture, cax=ax, orientation="horizontal").set_label(
-        rf"loss $L(X_1, X_2)$ of eq. 6, $\beta$ = {beta:g}; arrows in the plane $Z$ = {Z_MAX:g}: its gradient", labelpad=1)
+        f"loss $L(X_1, X_2)$ of eq. 6 at $\\beta$ = {beta:g}\n\narrows: its gradient (theorem 3), in the plane $Z$ = {top:g},\n"
+        f"as long as $|\\nabla L|\\, / \\,(|\\nabla L| + \\beta)$; training goes against them")
     write_csv(os.path.join(folder, "figure2_surface.csv"), ("divergence", "X_1", "X_2", "loss"), surfaces)
     write_csv(os.path.join(folder, "figure2_field.csv"), ("divergence", "X_1", "X_2", "dL_dX_1", "dL_dX_2"), field)
     save(figure, folder, "figure2")
 
 
-def clipped_axis(x2, div, beta, n=33):
-    """X_1 (rows of x2, n): from where the loss falls below Z_MAX to the end of the range. A surface cut off along its own
+def plane_arrows(x1, x2, d1, d2, beta):
+    """Polylines [tail, tip, barb, tip, barb] centred on the points; none for what would be a dot. Norms span decades, so
+    lengths are bounded: 0.45 |d| / (|d| + beta)."""
+    lines = []
+    for x, y, a, b in zip(*(v.flatten().tolist() for v in (x1, x2, d1, d2))):
+        norm = math.hypot(a, b)
+        if norm < beta / 20:
+            continue
+        d = .45 / (norm + beta) * complex(a, b)
+        tip = complex(x, y) + d / 2
+        barbs = [tip - (.06 + .2 * abs(d)) * d / abs(d) * complex(math.cos(v), math.sin(v)) for v in (-.45, .45)]
+        lines.append([(p.real, p.imag) for p in (tip - d, tip, barbs[0], tip, barbs[1])])
+    return lines
+
+
+def spread(n):
+    """n numbers from 0 to 1, dense near 0, where all but one of the surfaces are steep."""
+    return torch.linspace(0, 1, n, dtype=torch.float64) ** 2
+
+
+def clipped_axis(x2, div, beta, top, n=37):
+    """X_1 (rows of x2, n): from where the loss falls below `top` to the end of the range. A surface cut off along its own
     contour has a clean edge; NaN for what is too high would leave a staircase, and a clip a flat lid."""
     low, high = torch.full_like(x2, X_RANGE[0]), torch.full_like(x2, X_RANGE[1])
     start = low
     for _ in range(60):  # bisection: the loss falls in X_1, and is at most ln 2 at X_1 = high >= X_2
-        over = surface(start, x2, div, beta) > Z_MAX
+        over = surface(start, x2, div, beta) > top
         low, high = torch.where(over, start, low), torch.where(over, high, start)
         start = (low + high) / 2
-    return high + (X_RANGE[1] - high) * torch.linspace(0, 1, n, dtype=torch.float64)
+    return high + (X_RANGE[1] - high) * spread(n)
 
 
 def draw_theorem4(divs, folder):
     """Left: the ratio along r = X_2/X_1. Right: the power of r that it is, which for some rows depends on X_1."""
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 3.1), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 3.5), constrained_layout=True)
     rows = []
 
     def compute(panel, div, x1, r):
@@ -225,12 +251,12 @@ def draw_theorem4(divs, folder):
     for k, (div, look) in enumerate(zip(divs, line_styles(len(divs)))):
         if div.name == "js":
             left.fill_between(r, compute("band", div, wide(100), r)[0], compute("band", div, wide(.01), r)[0], color="black", alpha=.1,
-                              lw=0, label="js, $X_1$ = 100 (lower edge)\nto 0.01 (upper edge)")
+                              lw=0, label="js, $X_1$ from 0.01 (top) to 100")
         left.plot(r, compute("ratio", div, wide(1), r)[0], **look, markevery=(4 + 4 * k, 45), label=div.name)
         right.plot(x1, compute("exponent", div, x1, wide(.5))[1], **look, markevery=(2 + 3 * k, 32), label=div.name)
     left.set(xlabel="$r = X_2 / X_1$", ylabel="$f''(X_1) / f''(X_2)$", title="gradient ratio (eq. 7), lines at $X_1$ = 1", xlim=(0, 1), ylim=(0, None))
-    right.set(xscale="log", xlabel="$X_1$", ylabel="$p$", title="the same ratio as a power $r^p$, at $r$ = 1/2")
-    left.legend(fontsize=6.5)
+    right.set(xscale="log", xlabel="$X_1$", ylabel="exponent $p$", title="the same ratio as a power $r^p$, at $r$ = 1/2")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     write_csv(os.path.join(folder, "theorem4.csv"), ("panel", "divergence", "X_1", "r", "ratio", "exponent"), rows)
     save(figure, folder, "theorem4")
 
@@ -239,7 +265,7 @@ def draw_near_one(divs, beta, folder):
     """f' - f'(1), what the reward is made of: inside SPO's clamp (above) and far outside (below); as it is (left) and at
     matched curvature, divided by f''(1) (right). An additive constant cancels between winner and loser."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(PAGE, 5.4), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(PAGE, 5.8), constrained_layout=True)
     rows = []
     near, far = torch.linspace(.9, 1.1, 81, dtype=torch.float64), torch.logspace(-2, 2, 161, dtype=torch.float64)
     looks = line_styles(len(divs))
@@ -253,12 +279,15 @@ def draw_near_one(divs, beta, folder):
         ax.set(xlabel="$X$", title=("at matched curvature" if matched else "as it is") + (": SPO's clamp" if panel == "near" else ", far outside"),
                ylabel=r"$(f'(X) - f'(1))\,/\,f''(1)$" if matched else "$f'(X) - f'(1)$", xlim=(x[0], x[-1]))
         if panel == "far":
-            ax.set(xscale="log", yscale="symlog")
+            ax.set(xscale="log", ylim=(-10, 8))
             ax.axvspan(.9, 1.1, color="black", alpha=.15, lw=0)
-    axes[0, 1].set_ylim(axes[0, 0].get_ylim())
-    axes[1, 1].set_ylim(axes[1, 0].get_ylim())
-    axes[0, 0].legend(ncols=2, fontsize=6.5)
-    write_csv(os.path.join(folder, "near_one.csv"), ("panel", "curvature", "divergence", "X", "f1"), rows)
+        else:
+            ax.set(ylim=(-.24, .24), xticks=(.9, .95, 1, 1.05, 1.1))
+            for c in {1.0} if matched else {d.curvature for d in divs}:
+                ax.plot(near, c * (near - 1), color="black", lw=.5, zorder=1)
+                ax.text(1.103, .1 * c, f"slope {c:g}", va="center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    write_csv(os.path.join(folder, "near_one.csv"), ("panel", "setting", "divergence", "X", "reward"), rows)
     save(figure, folder, "near_one")
 
 
@@ -332,10 +361,12 @@ def read_run(folder):
     path, text = lines("config.json")
     try:
         args = json.loads(text)["args"]
-        div = get_divergence(args["div"], args["alpha"])
-        beta = float(args["beta"]) / (div.curvature if args["match_curvature"] else 1)
+        div = get_divergence(args["div"], args.get("alpha"))
+        beta = float(args["beta"]) / (div.curvature if args.get("match_curvature") else 1)
+        if not beta > 0:
+            raise ValueError(f"beta {beta}")
     except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} is not the config.json of a run ({e}): --runs takes the folders train.py writes") from e
+        raise UserError(f"{path} is not the config.json of a run ({type(e).__name__}: {e}): --runs takes the folders train.py writes") from e
     path, text = lines("metrics.jsonl")
     steps, rolls = [], []
     for i, line in enumerate(text.splitlines(), 1):
@@ -345,15 +376,18 @@ def read_run(folder):
                 steps.append((int(r["step"]), *(float(r[k]) for k in RUN_KEYS)))
             elif r["kind"] == "rollout":
                 rolls.append((int(r["step"]), float(r["judge_final"])))
+            if not np.isfinite((steps or rolls)[-1:]).all() or not np.isfinite(rolls[-1:]).all():
+                raise ValueError("not finite")
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"line {i} of {path} is cut or is no log line ({e}): delete that line, or let `python train.py --resume "
-                            f"--output_dir {folder}` mend it") from e
+            raise UserError(f"line {i} of {path} is cut or is no log line ({type(e).__name__}: {e}): delete that line, or let the run "
+                            f"finish (`python train.py --resume --output_dir {folder}`)") from e
     if not steps:
         raise UserError(f"{path} holds no optimiser step yet: train longer, or leave {folder} out of --runs")
-    return SimpleNamespace(label=os.path.basename(os.path.normpath(folder)), div=div, beta=beta, steps=np.array(steps), rolls=np.array(rolls).reshape(-1, 2))
+    return SimpleNamespace(label=os.path.basename(os.path.abspath(folder)), folder=folder, div=div, beta=beta, steps=np.array(steps),
+                           rolls=np.array(rolls).reshape(-1, 2))
 
 
-def smooth(v, width=9):
+def running_mean(v, width=9):
     """Running mean, shorter at the ends."""
     window = np.ones(min(width, len(v)))
     return np.convolve(v, window, "same") / np.convolve(np.ones(len(v)), window, "same")
@@ -368,31 +402,33 @@ def draw_runs(runs, folder):
     figure = plt.figure(figsize=(PAGE, high * n_rows + 2.1), constrained_layout=True)
     above, below = figure.subfigures(2, 1, height_ratios=(high * n_rows, 2.1))
     axes, looks = above.subplots(n_rows, n, squeeze=False), line_styles(len(runs))
-    paths = [np.stack([smooth(run.steps[:, 1]), smooth(run.steps[:, 2])]) for run in runs]
+    paths = [np.stack([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])]) for run in runs]
     reach = 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths))
     x = torch.linspace(max(1 - reach, 1e-3), 1 + reach, 101, dtype=torch.float64)
     z = [surface(x[None], x[:, None], run.div, run.beta) for run in runs]  # rows X_2, columns X_1
-    levels = np.linspace(min(v.min().item() for v in z), max(v.max().item() for v in z), 13)
+    levels = plt.MaxNLocator(12).tick_values(min(v.min().item() for v in z), max(v.max().item() for v in z))
     rows = []
     for ax, run, path, look, v in zip(axes.flat, runs, paths, looks, z):
         rows += grid_rows(run.label, x[None], x[:, None], v)
         picture = ax.contourf(x, x, v, levels=levels, cmap="Greys", alpha=.75)
         ax.plot([x[0], x[-1]], [x[0], x[-1]], color="black", lw=.6, ls=":")
-        ax.plot(*path, color="#b2182b", lw=1.2)
+        ax.plot(*path, color="white", lw=3)
+        ax.plot(*path, color="#b2182b", lw=1.2, label="running mean of 9 steps")
         ax.plot(*path[:, 0], "o", color="white", mec="black", ms=6, label="start")
         ax.plot(*path[:, -1], "*", color="#ffd92f", mec="black", ms=10, label="end")
         ax.set(title=f"{run.label}: {run.div.name}, $\\beta$ = {run.beta:g}", xlabel="$X_w$", ylabel="$X_l$", aspect="equal")
+        ax.locator_params(nbins=5)
     for ax in list(axes.flat)[len(runs):]:
         ax.axis("off")
     axes[0, 0].legend()
-    above.colorbar(picture, ax=axes, label="loss (eq. 6)", shrink=.9, format="%.3f")
+    above.colorbar(picture, ax=axes, label="loss (eq. 6)", shrink=.9)
     curves = below.subplots(1, 4)
     for run, look in zip(runs, looks):
         look = look | dict(marker=None)
         if len(run.rolls):
             curves[0].plot(*run.rolls.T, **look)
         for ax, column in zip(curves[1:], (3, 4, 5)):
-            ax.plot(run.steps[:, 0], smooth(run.steps[:, column]), **look, label=run.label)
+            ax.plot(run.steps[:, 0], running_mean(run.steps[:, column]), **look, label=run.label)
     for ax, title in zip(curves, ("reward: judge, final images", "margin", "accuracy", "clip fraction")):
         ax.set(title=title, xlabel="optimiser step")
     if not any(len(run.rolls) for run in runs):
@@ -410,7 +446,7 @@ def draw_runs(runs, folder):
 # Command line
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--div", nargs="+", metavar="NAME", help=f"rows of TABLE, of {', '.join(TABLE)} (default: all; alpha stands for "
                         f"{', '.join(map(str, ALPHAS))})")
     parser.add_argument("--beta", type=float, default=10.0, help="of the surfaces; runs have their own (default: 10, the paper's)")
@@ -420,20 +456,24 @@ def main():
     if not (args.beta > 0 and math.isfinite(args.beta)):
         raise UserError(f"--beta must be positive and finite, got {args.beta}: the paper uses 10")
     divs, runs = choose(args.div), [read_run(folder) for folder in args.runs]
+    for run in runs:
+        if [r.label for r in runs].count(run.label) > 1:
+            run.label = run.folder
     make_folder(args.output_dir)
     import matplotlib
     matplotlib.use("Agg")
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it embeds the PDFs' letters, and frowns on the dates in the fonts
     with progress_bar(total=2 * len(divs) + 2 + bool(runs), desc="landscape") as bar, matplotlib.rc_context(
-            {"font.size": 7, "axes.titlesize": 7.5, "axes.grid": True, "grid.alpha": .3, "axes.axisbelow": True, "legend.framealpha": .8}):
+            {"font.size": 7, "axes.titlesize": 7.5, "axes.grid": True, "grid.alpha": .3, "axes.axisbelow": True, "legend.framealpha": .8, "pdf.fonttype": 42}):
         draw_figure2(divs, args.beta, args.output_dir, bar)
         for draw in (lambda: draw_theorem4(divs, args.output_dir), lambda: draw_near_one(divs, args.beta, args.output_dir),
                      *([lambda: draw_runs(runs, args.output_dir)] if runs else [])):
             draw()
             bar.update()
-        smooth_text = smoothness(divs, args.beta, args.output_dir, bar)
+        report = smoothness(divs, args.beta, args.output_dir, bar)
     checked, violated, margin = check_chain()
     print(effective_betas(divs, args.beta, args.output_dir))
-    print(smooth_text)
+    print(report)
     print(f"theorem 4: {checked} inequalities checked on the grid, {violated} violated, smallest margin {margin:.2g} (upper/lower - 1)")
     print(f"In {args.output_dir}: figure2, theorem4, near_one{', runs' if runs else ''} as .png, .pdf and .csv; smoothness.csv, effective_beta.csv")
 
