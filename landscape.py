@@ -1,17 +1,20 @@
 """
 The analysis of the paper as pictures: Figure 2, theorems 3 and 4, and where real training walks on those surfaces.
 
-    python landscape.py                                     all divergences of Table 1, about 15 seconds on a CPU
+    python landscape.py                                     all divergences, about 10 seconds on a CPU
     python landscape.py --runs out/toy-js out/toy-rkl       and the paths and curves of these runs
     python landscape.py --div js rkl --beta 1               some rows, another beta
 
 Writes to --output_dir (out/landscape), each figure as .png and .pdf, the numbers behind it as .csv:
 
     figure2      the surface of eq. 6 over (X_1, X_2) = (X_w, X_l) from two sides, its gradient (theorem 3) at Z = 50
+                 (.csv: figure2_surface, figure2_field)
     theorem4     the gradient ratios f''(X_1)/f''(X_2); the chain of inequalities is checked on a grid, and printed
     near_one     f' inside SPO's clamp, as it is and at matched curvature, and far outside
+                 (printed, and effective_beta.csv: the beta of the reverse KL that each stands for near X = 1)
     smoothness   (.csv only, and printed) largest gradient norm and Hessian eigenvalue: is Jensen-Shannon the smoothest?
     runs         with --runs: the path of (X_w, X_l) on each run's surface; reward, margin, accuracy, clip fraction
+                 (.csv: runs, runs_surface)
 
 A divergence of your own, a line added to divergences.TABLE, is in every figure under its name. All of it is float64.
 """
@@ -261,7 +264,7 @@ def draw_theorem4(divs, folder):
     save(figure, folder, "theorem4")
 
 
-def draw_near_one(divs, beta, folder):
+def draw_near_one(divs, folder):
     """f' - f'(1), what the reward is made of: inside SPO's clamp (above) and far outside (below); as it is (left) and at
     matched curvature, divided by f''(1) (right). An additive constant cancels between winner and loser."""
     import matplotlib.pyplot as plt
@@ -277,7 +280,7 @@ def draw_near_one(divs, beta, folder):
             rows += [(panel, "matched" if matched else "as it is", *row) for row in grid_rows(div.name, x, slope)]
             ax.plot(x, slope, **look, markevery=(2 + len(x) // 27 * k, len(x) // 3), label=div.name)
         ax.set(xlabel="$X$", title=("at matched curvature" if matched else "as it is") + (": SPO's clamp" if panel == "near" else ", far outside"),
-               ylabel=r"$(f'(X) - f'(1))\,/\,f''(1)$" if matched else "$f'(X) - f'(1)$", xlim=(x[0], x[-1]))
+               ylabel=r"$(f'(X) - f'(1))\,/\,f''(1)$" if matched else "$f'(X) - f'(1)$", xlim=(x[0].item(), x[-1].item()))
         if panel == "far":
             ax.set(xscale="log", ylim=(-10, 8))
             ax.axvspan(.9, 1.1, color="black", alpha=.15, lw=0)
@@ -466,7 +469,7 @@ def main():
     with progress_bar(total=2 * len(divs) + 2 + bool(runs), desc="landscape") as bar, matplotlib.rc_context(
             {"font.size": 7, "axes.titlesize": 7.5, "axes.grid": True, "grid.alpha": .3, "axes.axisbelow": True, "legend.framealpha": .8, "pdf.fonttype": 42}):
         draw_figure2(divs, args.beta, args.output_dir, bar)
-        for draw in (lambda: draw_theorem4(divs, args.output_dir), lambda: draw_near_one(divs, args.beta, args.output_dir),
+        for draw in (lambda: draw_theorem4(divs, args.output_dir), lambda: draw_near_one(divs, args.output_dir),
                      *([lambda: draw_runs(runs, args.output_dir)] if runs else [])):
             draw()
             bar.update()
