@@ -9,6 +9,9 @@ sys.path.insert(0, ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # -n 2: a worker a core
+
 import sample  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
