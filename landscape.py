@@ -406,7 +406,7 @@ def draw_runs(runs, folder):
     above, below = figure.subfigures(2, 1, height_ratios=(high * n_rows, 2.1))
     axes, looks = above.subplots(n_rows, n, squeeze=False), line_styles(len(runs))
     paths = [np.stack([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])]) for run in runs]
-    reach = 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths))
+    reach = min(4.0, 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths)))  # without a clamp single pairs may leave any page
     x = torch.linspace(max(1 - reach, 1e-3), 1 + reach, 101, dtype=torch.float64)
     z = [surface(x[None], x[:, None], run.div, run.beta) for run in runs]  # rows X_2, columns X_1
     levels = plt.MaxNLocator(12).tick_values(min(v.min().item() for v in z), max(v.max().item() for v in z))
@@ -419,7 +419,8 @@ def draw_runs(runs, folder):
         ax.plot(*path, color="#b2182b", lw=1.2, label="running mean of 9 steps")
         ax.plot(*path[:, 0], "o", color="white", mec="black", ms=6, label="start")
         ax.plot(*path[:, -1], "*", color="#ffd92f", mec="black", ms=10, label="end")
-        ax.set(title=f"{run.label}: {run.div.name}, $\\beta$ = {run.beta:g}", xlabel="$X_w$", ylabel="$X_l$", aspect="equal")
+        ax.set(title=f"{run.label}: {run.div.name}, $\\beta$ = {run.beta:g}", xlabel="$X_w$", ylabel="$X_l$", aspect="equal",
+               xlim=(x[0].item(), x[-1].item()), ylim=(x[0].item(), x[-1].item()))
         ax.locator_params(nbins=5)
     for ax in list(axes.flat)[len(runs):]:
         ax.axis("off")

@@ -317,11 +317,16 @@ def test_a_run_may_be_made_longer(command, small_run, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_log_opens_in_pandas_like_readers(command, small_run, tmp_path):
-    """Every line is one flat JSON object of numbers, strings and nulls (the table's figures aside)."""
+def test_log_opens_in_pandas(command, small_run, tmp_path):
+    """Every line is one flat JSON object of numbers, strings and nulls (the table's figures aside), and pandas has them as columns."""
+    import pandas
     command("train.py", *small_run, "--max_train_steps", 1, "--output_dir", tmp_path / "r")
-    for r in records(tmp_path / "r") + records(tmp_path / "r", "rollout"):
+    steps, rolls = records(tmp_path / "r"), records(tmp_path / "r", "rollout")
+    for r in steps + rolls:
         assert all(v is None or isinstance(v, (int, float, str)) for v in r.values())
+    log = pandas.read_json(tmp_path / "r" / "metrics.jsonl", lines=True)
+    assert log[log.kind == "step"].loss.tolist() == pytest.approx([s["loss"] for s in steps])
+    assert log[log.kind == "rollout"].judge_final.tolist() == pytest.approx([r["judge_final"] for r in rolls])
 
 
 def test_held_out_prompts_do_not_depend_on_the_seed_and_are_not_trained_on(small_run):
