@@ -13,7 +13,8 @@ Writes to --output_dir (out/landscape), each figure as .png and .pdf, the number
     near_one     f' inside SPO's clamp, as it is and at matched curvature, and far outside
                  (printed, and effective_beta.csv: the beta of the reverse KL that each stands for near X = 1)
     smoothness   (.csv only, and printed) largest gradient norm and Hessian eigenvalue: is Jensen-Shannon the smoothest?
-    runs         with --runs: the path of (X_w, X_l) on each run's surface; reward, margin, accuracy, clip fraction
+    runs         with --runs: the path of (X_w, X_l), geometric means of a step, on each run's surface; reward, margin,
+                 accuracy, clip fraction
                  (.csv: runs, runs_surface)
 
 A divergence of your own, a line added to divergences.TABLE, is in every figure under its name. All of it is float64.
@@ -44,7 +45,7 @@ PAGE = 7.2                             # inches: the figures are drawn at the wi
 DPI = 195                              # 1404 pixels
 LINES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX<>*hd"
-RUN_KEYS = ("X_w", "X_l", "margin", "accuracy", "clip_fraction")
+RUN_KEYS = ("log_X_w", "log_X_l", "margin", "accuracy", "clip_fraction")  # the first two are means over a step's pairs
 
 
 def wide(*values):
@@ -405,8 +406,8 @@ def draw_runs(runs, folder):
     figure = plt.figure(figsize=(PAGE, high * n_rows + 2.1), constrained_layout=True)
     above, below = figure.subfigures(2, 1, height_ratios=(high * n_rows, 2.1))
     axes, looks = above.subplots(n_rows, n, squeeze=False), line_styles(len(runs))
-    paths = [np.stack([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])]) for run in runs]
-    reach = min(4.0, 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths)))  # without a clamp single pairs may leave any page
+    paths = [np.exp([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])]) for run in runs]  # (2, steps)
+    reach = min(4.0, 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths)))  # without a clamp a run may leave any page
     x = torch.linspace(max(1 - reach, 1e-3), 1 + reach, 101, dtype=torch.float64)
     z = [surface(x[None], x[:, None], run.div, run.beta) for run in runs]  # rows X_2, columns X_1
     levels = plt.MaxNLocator(12).tick_values(min(v.min().item() for v in z), max(v.max().item() for v in z))

@@ -87,8 +87,9 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
                   its gradient and can recover.
       "none"      X as it is.
     stats: per pair and detached, (N,) each: loss; margin = beta f'(X_w) - beta f'(X_l), the argument of the sigmoid;
-    accuracy (1 where u_w > u_l, 1/2 for a tie, before any clamp); X_w, X_l (before any clamp, but at most e^80, so that
-    their means are finite); clip_fraction (the share of the pair's two ratios that the clamp changed).
+    accuracy (1 where u_w > u_l, 1/2 for a tie, before any clamp); log_X_w, log_X_l: u_w and u_l, whose means one outlier
+    does not rule; X_w, X_l (before any clamp, but at most e^80, so that their means are finite); clip_fraction (the share
+    of the pair's two ratios that the clamp changed).
     """
     if u_w.numel() == 0:
         raise ValueError("alignment_loss needs at least one pair")
@@ -105,7 +106,8 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
     losses = -F.logsigmoid(margin)                       # softplus would do, but is only y = x above 20
     total = losses if weight is None else weight * losses
     stats = {"loss": losses, "margin": margin, "accuracy": (torch.sign(u_w - u_l) + 1) / 2,
-             "X_w": u_w.clamp(max=80).exp(), "X_l": u_l.clamp(max=80).exp(), "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2}
+             "log_X_w": u_w, "log_X_l": u_l, "X_w": u_w.clamp(max=80).exp(), "X_l": u_l.clamp(max=80).exp(),
+             "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2}
     return total.mean(), {k: v.detach() for k, v in stats.items()}
 
 

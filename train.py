@@ -309,7 +309,7 @@ def _join_stats(stats, n, world):
     """[{name: (n_i,)}] of this rank's batches -> {name: (n,)} over all ranks, in the group's order, on the CPU."""
     if world.size == 1:
         return {k: torch.cat([s[k] for s in stats]).cpu() for k in stats[0]}
-    names = ("loss", "margin", "accuracy", "X_w", "X_l", "clip_fraction", "t")
+    names = ("loss", "margin", "accuracy", "log_X_w", "log_X_l", "X_w", "X_l", "clip_fraction", "t")
     table = torch.cat([torch.zeros(0, len(names)), *(torch.stack([s[k].float().cpu() for k in names], 1) for s in stats)])
     where = torch.cat([torch.arange(n)[r::world.size] for r in range(world.size)])  # row i of the union is pair where[i]
     return dict(zip(names, world.join_rows(table)[where.argsort()].unbind(1)))

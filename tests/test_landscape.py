@@ -41,8 +41,8 @@ def write_run(folder, rollouts=True, steps=12, **args):
     args = {"div": "js", "alpha": None, "beta": 10.0, "match_curvature": False} | args
     (folder / "config.json").write_text(json.dumps({"args": args}))
     lines = [{"kind": "rollout", "step": s, "judge_final": 3 + s / 4} for s in range(0, steps, 4)] if rollouts else []
-    lines += [{"kind": "step", "step": s, "loss": .69, "margin": .01 * s, "accuracy": .5 + .01 * s, "X_w": 1 + .004 * s, "X_l": 1 - .002 * s,
-               "clip_fraction": .02 * s, "X_w_q1": None} for s in range(1, steps + 1)]
+    lines += [{"kind": "step", "step": s, "loss": .69, "margin": .01 * s, "accuracy": .5 + .01 * s, "log_X_w": .004 * s, "log_X_l": -.002 * s,
+               "clip_fraction": .02 * s, "log_X_w_q1": None} for s in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder
 
@@ -193,7 +193,7 @@ def test_runs_in_numbers(drawn):
     runs = pd.read_csv(drawn[0] / "runs.csv")
     one, two = runs[runs.run == "one"], runs[runs.run == "two"]
     assert one["judge_final"].dropna().tolist() == [3, 4, 5] and two["judge_final"].isna().all()
-    assert two["X_w"].tolist() == pytest.approx([1 + .004 * s for s in range(1, 13)]) and two["step"].tolist() == list(range(1, 13))
+    assert two["log_X_w"].tolist() == pytest.approx([.004 * s for s in range(1, 13)]) and two["step"].tolist() == list(range(1, 13))
     t = pd.read_csv(drawn[0] / "runs_surface.csv")
     for name, div, beta in (("one", get_divergence("alpha", .4), 10.), ("two", get_divergence("js"), 20.)):  # two matched its curvature
         part = t[t.run == name]
@@ -238,7 +238,7 @@ def test_flags(command, tmp_path, flags, words):
     ("metrics.jsonl", None, "cannot read"), ("metrics.jsonl", "", "no optimiser step"), ("metrics.jsonl", b"\xff\xfe", "cannot read"),
     ("metrics.jsonl", '{"kind": "rollout", "step": 0, "judge_final": 3.0}\n', "no optimiser step"),
     ("metrics.jsonl", '{"kind": "step", "step": 1}\n', "line 1 of"), ("metrics.jsonl", "7\n", "line 1 of"),
-    ("metrics.jsonl", '{"kind": "step", "step": 1, "X_w": NaN, "X_l": 1, "margin": 0, "accuracy": 1, "clip_fraction": 0}\n', "not finite"),
+    ("metrics.jsonl", '{"kind": "step", "step": 1, "log_X_w": NaN, "log_X_l": 0, "margin": 0, "accuracy": 1, "clip_fraction": 0}\n', "not finite"),
     ("config.json", None, "cannot read"), ("config.json", "{", "is not the config.json of a run"), ("config.json", "[]", "is not the config.json"),
     ("config.json", '{"args": {"div": "kl", "beta": 1}}', "unknown divergence 'kl'"), ("config.json", '{"args": {"div": "js", "beta": 0}}', "beta")])
 def test_damaged_runs(command, tmp_path, name, content, words):

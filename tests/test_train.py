@@ -181,7 +181,7 @@ def test_a_run_leaves_what_the_readme_says(command, small_run, tmp_path):
     assert len(rolls) == 2 and all(r["pairs"] == 9 and r["valid"] == 1 for r in rolls)  # 3 prompts x 3 judged steps
     assert [s["pairs"] for s in steps] == [4, 4, 1] * 2 and [s["step"] for s in steps] == list(range(1, 7))
     assert abs(steps[0]["loss"] - math.log(2)) < 1e-6 and steps[0]["accuracy"] == 0.5
-    for key in ("loss", "margin", "accuracy", "X_w", "X_l", "clip_fraction"):
+    for key in ("loss", "margin", "accuracy", "log_X_w", "log_X_l", "X_w", "X_l", "clip_fraction"):
         quarters = [steps[0][f"{key}_q{q}"] for q in (1, 2, 3, 4)]
         assert all(v is None or math.isfinite(v) for v in quarters) and any(v is not None for v in quarters)
     assert steps[0]["grad_norm"] > 0 and steps[0]["lr"] == 1e-3
