@@ -398,23 +398,23 @@ def running_mean(v, width=9):
 
 
 def draw_runs(runs, folder):
-    """Above: each run's path, smoothed, on the contours of its surface; below: its curves. One scale for all runs."""
+    """Above: each run's path, smoothed, on the contours of its surface, as far as it went; below: the curves of all."""
     import matplotlib.pyplot as plt
     n = min(4, max(2, len(runs)))
     n_rows = -(-len(runs) // n)
-    high = PAGE / n * .92
+    high = PAGE / n * .98
     figure = plt.figure(figsize=(PAGE, high * n_rows + 2.1), constrained_layout=True)
     above, below = figure.subfigures(2, 1, height_ratios=(high * n_rows, 2.1))
     axes, looks = above.subplots(n_rows, n, squeeze=False), line_styles(len(runs))
-    paths = [np.exp([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])]) for run in runs]  # (2, steps)
-    reach = min(4.0, 1.15 * max(1e-3, *(np.abs(p - 1).max() for p in paths)))  # without a clamp a run may leave any page
-    x = torch.linspace(max(1 - reach, 1e-3), 1 + reach, 101, dtype=torch.float64)
-    z = [surface(x[None], x[:, None], run.div, run.beta) for run in runs]  # rows X_2, columns X_1
-    levels = plt.MaxNLocator(12).tick_values(min(v.min().item() for v in z), max(v.max().item() for v in z))
     rows = []
-    for ax, run, path, look, v in zip(axes.flat, runs, paths, looks, z):
-        rows += grid_rows(run.label, x[None], x[:, None], v)
-        picture = ax.contourf(x, x, v, levels=levels, cmap="Greys", alpha=.75)
+    for ax, run in zip(axes.flat, runs):
+        path = np.exp([running_mean(run.steps[:, 1]), running_mean(run.steps[:, 2])])  # (2, steps)
+        reach = min(4.0, max(1e-3, 1.15 * np.abs(path - 1).max()))                     # without a clamp a run may leave any page
+        x = torch.linspace(max(1 - reach, 1e-3), 1 + reach, 101, dtype=torch.float64)
+        z = surface(x[None], x[:, None], run.div, run.beta)                            # rows X_2, columns X_1
+        rows += grid_rows(run.label, x[None], x[:, None], z)
+        ax.contourf(x, x, z.clamp(min=1e-30).log(), levels=16, cmap="Greys", alpha=.6)  # far from (1, 1) the loss spans decades
+        ax.clabel(ax.contour(x, x, z, levels=np.unique(np.quantile(z, np.linspace(.04, .96, 9))), colors="black", linewidths=.4), fontsize=5.5, fmt="%.2g")
         ax.plot([x[0], x[-1]], [x[0], x[-1]], color="black", lw=.6, ls=":")
         ax.plot(*path, color="white", lw=3)
         ax.plot(*path, color="#b2182b", lw=1.2, label="running mean of 9 steps")
@@ -425,8 +425,8 @@ def draw_runs(runs, folder):
         ax.locator_params(nbins=5)
     for ax in list(axes.flat)[len(runs):]:
         ax.axis("off")
-    axes[0, 0].legend()
-    above.colorbar(picture, ax=axes, label="loss (eq. 6)", shrink=.9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    above.legend(handles, labels, loc="outside upper center", ncols=3, title="paths on the contours of the loss (eq. 6)")
     curves = below.subplots(1, 4)
     for run, look in zip(runs, looks):
         look = look | dict(marker=None)

@@ -1,7 +1,7 @@
 """
 Preference alignment of a text-to-image diffusion model under any f-divergence: the whole loop, plainly.
 
-    python train.py --div js                                the main job: the toy on a laptop (2 cores: 3 minutes, taste
+    python train.py --div js                                the main job: the toy on a laptop (2 cores: 4 minutes, taste
                                                             of held-out prompts 3.6 -> 11), SD1.5 where there is CUDA
     python train.py --div alpha --alpha 0.4 --seed 1        another divergence, another seed
     python train.py --div js --resume                       go on where a run was stopped or killed
@@ -82,14 +82,14 @@ def build_parser(preset):
     flag("prompts", None, "a .txt file, one prompt a line, or .json, .jsonl, .csv (default: the toy's own; for SD1.5 SPO's 4,000, "
          "downloaded once); with --pairs: of the pictures and the table (default: held-out captions)", type=str)
     # sampling
-    flag("num_epochs", 10, "passes over the prompts")
+    flag("num_epochs", 10, "passes over the prompts, or over --pairs")
     flag("sample_batch_size", 10, "prompts a rollout, on every rank")
     flag("num_children", 4, "K: children of one x_t, at least 2")
     flag("first_step", 4, "the first step with children; earlier steps have one")
     flag("threshold", 0.3, "a pair counts if softmax([best, worst]) differs by more")
     flag("num_inference_steps", 20, "DDIM steps")
     flag("eta", 1.0, "DDIM noise; above 0, since children differ by it alone")
-    flag("guidance_scale", 5.0, "in sampling and in training; <= 1 is none")
+    flag("guidance_scale", 5.0, "in sampling and in training, with --pairs in pictures alone; <= 1 is none")
     # training
     flag("train_batch_size", 10, "pairs a backward pass, on every rank")
     flag("gradient_accumulation_steps", 4, "backward passes an optimiser step")
@@ -109,7 +109,7 @@ def build_parser(preset):
     flag("checkpointing_steps", 20, "optimiser steps between checkpoints")
     flag("num_eval_prompts", 32, "prompts held out of training for the table at the end, at most half")
     flag("images_per_prompt", 4, "of that table")
-    flag("output_dir", None, "the run's folder (default: out/<model>-<div>)", type=str)
+    flag("output_dir", None, "the run's folder (default: out/<model>-<div>, or -<div>-pairs)", type=str)
     flag("resume", False, "go on with the run in output_dir; flags left out are the run's own", **on)
     return p
 
