@@ -9,11 +9,12 @@ PATH of --pairs is one of
     a .parquet file, or a folder of them        columns caption, jpg_0, jpg_1 (the images' bytes), label_0, as in Pick-a-Pic
 
 label (label_0) in [0, 1] is how sure it is that winner (jpg_0) is the better one: 1 by default; below 1/2 the two change places;
-1/2 is a tie, left out and counted. A pair weighs |2 label - 1| in the loss: to first order the loss of uncertain labels,
+1/2 is a tie, left out and counted, as a row without label_0 is. A pair weighs |2 label - 1| in the loss: to first order the loss of uncertain labels,
 p L(w, l) + (1 - p) L(l, w).
 
 Images are cut to the model's size and encoded by the VAE once. A latent is a file named after its image's bytes and the VAE,
-so a kill loses one image, a changed image is encoded anew, several runs share them, and none lies in memory.
+so a kill loses one image, a changed image is encoded anew, several runs share them, and none lies in memory. (With torchrun
+the first rank of each machine encodes while the others wait, two hours at most: start a set of 100,000 pairs with one.)
 """
 import csv
 import glob
@@ -21,6 +22,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 
 import numpy as np
 import torch
@@ -100,10 +102,10 @@ def from_parquet(path, rows=16):
                     where, images = f"{path}, row {row}", []
                     for c in columns[1:3]:
                         data = item[c]["bytes"] if isinstance(item[c], dict) else item[c]  # a struct where the hub's Image type wrote it
-                        images.append((f"{c} of row {row}", lambda data=data: data or b""))
+                        images.append((f"{c} of row {row} of {os.path.basename(path)}", lambda data=data: data or b""))
                     if not isinstance(item["caption"], str) or not item["caption"].strip():
                         raise UserError(f"{where}: caption is empty")
-                    yield where, item["caption"], *images, item["label_0"]
+                    yield where, item["caption"], *images, 0.5 if item["label_0"] is None else item["label_0"]
                     row += 1
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} cannot be read as a Parquet file ({' '.join(str(e).split())[:120]}): copy or download it again") from e
@@ -168,11 +170,11 @@ class Latents:
         """(3, H, W) in [-1, 1] -> its file, written under another name and renamed. One image at a time: in a batch its last bits
         would depend on its neighbours, and a run that was killed must end with the same bits."""
         vae, path = self.pipe.vae, self.path(key)
-        z = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist.mean[0] * vae.config.scaling_factor
+        z = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist.mean[0].float() * vae.config.scaling_factor
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.{os.getpid()}.tmp", "wb") as f:
-                np.save(f, z.float().cpu().numpy(), allow_pickle=False)
+            with open(f"{path}.{socket.gethostname()}.{os.getpid()}.tmp", "wb") as f:
+                np.save(f, z.cpu().numpy(), allow_pickle=False)
             os.replace(f.name, path)
         except OSError as e:
             raise UserError(f"cannot write {path} ({e.strerror}): free some space, or choose another --cache_dir; what is encoded stays") from e
@@ -269,7 +271,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
             raise UserError(f"{path}: {what}: mend them, or --skip_bad leaves these pairs out")
         print(f"left out: {what}")
     if ties:
-        print(f"left out: {ties} ties (label 0.5)")
+        print(f"left out: {ties} ties (label 0.5, or none in Parquet)")
     if not rows:
         raise UserError(f"{path} holds no pair that can be trained on: give one with at least one clear preference")
     report_long_captions(pipe, sorted({r[0] for r in rows}))

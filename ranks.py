@@ -48,8 +48,9 @@ class World:
         try:
             operation(*args, **kw)
         except RuntimeError as e:
-            raise UserError("lost the other ranks, one of them failed or was killed: its message is above or below; the last "
-                            "checkpoint is whole, --resume goes on from it with any number of ranks") from e
+            why = str(e).strip().splitlines()[:1]
+            raise UserError("lost the other ranks, one of them failed or was killed: its message is above or below; the last checkpoint is "
+                            "whole, --resume goes on from it with any number of ranks" + "".join(f" ({w[:200]})" for w in why)) from e
 
     def any(self, flag):
         """True on every rank if flag is true on one."""
@@ -67,6 +68,11 @@ class World:
         yield
         if not self.local:
             self.any(False)
+
+    def share(self, params):
+        """All take rank 0's values: equal seeds make equal weights on equal machines alone."""
+        if self.size > 1:
+            self._call(lambda: [work.wait() for work in [dist.broadcast(p.data, 0, async_op=True) for p in params]])
 
     def counts(self, n):
         """[n of rank 0, n of rank 1, ...]"""

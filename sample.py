@@ -51,7 +51,8 @@ def resolve_model(model):
 def load_pipeline(model, device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline with a DDIM scheduler fit for training; safety checker off, weights frozen.
 
-    model: a diffusers folder, a hub id, "toy" or "auto". dtype: of the frozen weights (LoRA stays fp32).
+    model: a diffusers folder, a hub id, "toy" or "auto". dtype: of the frozen weights (LoRA stays fp32); a dict such as
+    {"default": torch.bfloat16, "unet": torch.float32} names parts.
     Only safetensors are read. The scheduler is made from the model's own config; settings under which DDIM's last
     step has no noise (log-ratios would be infinite) or clips samples are corrected, and said on stderr.
     Raises UserError for a missing, incomplete, damaged or unsuitable model.
@@ -88,6 +89,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
                         f"channels, its VAE makes {pipe.vae.config.latent_channels}")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval().to(device)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)  # or every step would copy it, and wait for the copy
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -224,14 +226,16 @@ def lora_off(unet):
             m.on = on
 
 
-def train_all(pipe):
+def train_all(pipe, dtype=None):
     """--full: every weight of the UNet trains, in fp32; its frozen copy is the reference. Returns the parameters, a list.
 
-    A UNet in half precision goes on computing in it: weights are fp32, so that they can take a small step, activations not.
+    dtype: what both compute in (see predict_noise), by default the UNet's. Both have fp32 weights, which can take a small step, and
+    the same autocast: if only one had it, its normalisations would round otherwise, and X would not be 1 at the start.
     """
+    pipe.unet.compute_dtype = dtype or pipe.unet.dtype
+    pipe.unet.float()
     pipe.frozen_unet = copy.deepcopy(pipe.unet)
-    pipe.unet.compute_dtype = pipe.unet.dtype
-    return list(pipe.unet.float().requires_grad_(True).parameters())
+    return list(pipe.unet.requires_grad_(True).parameters())
 
 
 @contextlib.contextmanager
@@ -264,14 +268,14 @@ def set_policy(pipe, state, path):
     pipe.unet.load_state_dict(state)
 
 
-def save_policy(pipe, folder):
-    """For others: the LoRA, or the whole UNet as folder/unet, which UNet2DConditionModel.from_pretrained reads."""
+def save_policy(pipe, folder, state):
+    """For others: the LoRA, or the whole UNet as folder/unet, which UNet2DConditionModel.from_pretrained reads. state: policy_state's."""
     if not hasattr(pipe, "frozen_unet"):
         return save_lora(pipe.unet, folder)
     from safetensors.torch import save
     os.makedirs(os.path.join(folder, "unet"), exist_ok=True)
     write_file(os.path.join(folder, "unet", "config.json"), pipe.unet.to_json_string().encode())
-    write_file(os.path.join(folder, FULL_FILE), save(policy_state(pipe), metadata={"format": "pt"}))
+    write_file(os.path.join(folder, FULL_FILE), save(state, metadata={"format": "pt"}))
 
 
 def policy_file(folder):
@@ -294,7 +298,8 @@ def load_policy(pipe, folder):
     dtype = pipe.unet.dtype
     train_all(pipe)
     set_policy(pipe, state, path)
-    pipe.unet.requires_grad_(False).to(dtype)
+    for unet in (pipe.unet.requires_grad_(False), pipe.frozen_unet):
+        unet.to(dtype)
 
 
 def lora_state(unet):
@@ -386,8 +391,9 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     would keep every normalisation's input in fp32 (twice the memory of a training step); one that trains (train_all) has
     fp32 weights and needs it.
     """
-    half = getattr(unet, "compute_dtype", unet.dtype)
-    with torch.autocast(x_t.device.type, half) if half != unet.dtype else contextlib.nullcontext():
+    held = unet.conv_in.weight.dtype
+    half = getattr(unet, "compute_dtype", held)
+    with torch.autocast(x_t.device.type, half) if half != held else contextlib.nullcontext():
         x = x_t.to(half)
         if guidance <= 1:
             return unet(x, t, text, return_dict=False)[0].float()
@@ -561,7 +567,8 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
             progress()
     judge_children(children, 0, parent, children, timesteps[-1])
     s = torch.stack(all_scores)     # (steps, P, K)
-    scores = {"mean": s.mean().item(), "std": s.std().item(), "final": s[-1].mean().item()}
+    finite = s[s.isfinite()]
+    scores = {"mean": finite.mean().item(), "std": finite.std().item() if len(finite) > 1 else float("nan"), "final": s[-1][s[-1].isfinite()].mean().item()}
     if agreement:
         scores["preview_agreement"] = torch.stack(agreement).mean().item()
     return Pairs(**{k: torch.cat(v) for k, v in found.items()}, text=text, scores=scores, candidates=len(all_scores) * P)
@@ -571,11 +578,11 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
 # Files, prompts, grids
 
 def write_file(path, data):
-    """Bytes to a temporary name, to the disk, then renamed: a kill or a full disk leaves the old file whole."""
+    """Bytes, or what data(file) writes, to a temporary name, to the disk, then renamed: a kill or a full disk leaves the old file whole."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
-            f.write(data)
+            data(f) if callable(data) else f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -590,7 +597,7 @@ def make_folder(path):
     """Creates a folder, or raises UserError; also if it exists and cannot be written to."""
     try:
         os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, ".probe")
+        probe = os.path.join(path, f".probe-{socket.gethostname()}-{os.getpid()}")  # other ranks may probe as well
         open(probe, "w").close()
         os.remove(probe)
     except OSError as e:

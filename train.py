@@ -21,7 +21,8 @@ Different on purpose:
   3. gradient clipping clips (SPO's never did: its parameters were a used-up iterator); --max_grad_norm 0 is SPO as run;
   4. a short last group of pairs weighs in the gradient by its size;
   5. on one GPU, four accumulated batches of 10 pairs stand for SPO's four GPUs;
-  6. every random number is a function of --seed and the rollout, so --resume needs no generator's state.
+  6. every random number is a function of --seed and the rollout (and rank; with --pairs, of the epoch and the pair), so --resume
+     needs no generator's state.
 """
 import argparse
 import hashlib
@@ -53,6 +54,7 @@ SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_traini
                "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4")  # sha256; 4,000 captions of Pick-a-Pic v1
 FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device", "cache_dir")
 PAIRS_PRESET = dict(beta=5.0, clip="none")  # Diffusion-DPO's, whose code says 5000 where S = 1000 is not drawn out; no clamp
+FULL_PRESET = dict(checkpointing_steps=500, learning_rate=2e-5)  # a state of SD1.5 is 14 GB; the rate is Diffusion-DPO's
 NOT_WITH_PAIRS = ("sample_batch_size", "num_children", "first_step", "threshold", "eta", "preview_decoder")
 
 
@@ -119,10 +121,11 @@ def parse(argv):
     first = Parser(add_help=False)
     first.add_argument("--model", default="auto")
     first.add_argument("--pairs")
+    first.add_argument("--full", action="store_true")
     known, _ = first.parse_known_args(argv)
     where, why = resolve_model(known.model)
     is_toy = os.path.realpath(where) == TOY
-    preset = (toy.PRESET if is_toy else {}) | ((PAIRS_PRESET | (toy.PAIRS_PRESET if is_toy else {})) if known.pairs else {})
+    preset = ({} if is_toy or not known.full else FULL_PRESET) | (toy.PRESET if is_toy else {}) | ((PAIRS_PRESET | (toy.PAIRS_PRESET if is_toy else {})) if known.pairs else {})
     parser = build_parser(preset)
     args = parser.parse_args(argv)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args), missing := object()))
@@ -260,7 +263,8 @@ def pair_loss(pipe, pairs, index, null, div, beta, args):
 def image_pair_loss(pipe, data, index, div, beta, args):
     """Eq. 5 on some pairs of finished images (pairs.py): winner and loser under one noise, no guidance, t of all T."""
     *tensors, captions, weight = data.batch(index, len(pipe.scheduler.alphas_cumprod))
-    x_w, x_l, eps, t, weight = (x.to(pipe.unet.device) for x in (*tensors, weight))
+    device = pipe.unet.device
+    x_w, x_l, eps, t, weight = (x.to(device) for x in (*tensors, weight))
     a = pipe.scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
     both, B = lambda x: torch.cat([x, x]), len(t)
     x_t = a.sqrt().repeat(2, 1, 1, 1) * torch.cat([x_w, x_l]) + both((1 - a).sqrt() * eps)   # (2B, 4, h, w)
@@ -362,14 +366,13 @@ class Run:
         """The policy for others, then all that a bit-for-bit continuation needs, its own copy of the policy included."""
         if self.world.rank:
             return
+        policy = policy_state(self.pipe)
         pairs = None if self.pairs is None else vars(self.pairs)
-        state = {"policy": policy_state(self.pipe), "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
+        state = {"policy": policy, "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
                  "rollout": self.rollout, "seen": self.seen, "step": self.step, "done": self.done, "pairs": pairs, "order": self.order,
                  "log_bytes": os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        save_policy(self.pipe, self.folder)
-        write_file(self.state_path, buffer.getvalue())
+        save_policy(self.pipe, self.folder, policy)
+        write_file(self.state_path, lambda f: torch.save(state, f))
 
     def load(self):
         try:
@@ -380,6 +383,8 @@ class Run:
             raise UserError(f"{self.state_path} was written by an earlier version of this code: go on with that one, or start again in "
                             "another --output_dir")
         set_policy(self.pipe, state["policy"], self.state_path)
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = self.opt.defaults["fused"]  # this device's, not that of the run so far
         self.opt.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.rollout, self.seen, self.step, self.done, self.order = (state[k] for k in ("rollout", "seen", "step", "done", "order"))
@@ -401,8 +406,9 @@ class Run:
 
     def check_stop(self):
         """Called wherever the state is whole or untouched since it was, by all ranks: SIGINT and SIGTERM end the run here."""
-        if self.world.any(self.stop):
+        if self.world.any(bool(self.stop)):
             self.save()
+            self.world.any(False)  # nobody leaves before rank 0 has written: torchrun would end it
             raise KeyboardInterrupt
 
 
@@ -500,13 +506,14 @@ def setup(args, world=None):
     if not args.resume and any(os.path.exists(os.path.join(args.output_dir, f)) for f in ("config.json", "state.pt")):
         raise UserError(f"{args.output_dir!r} already holds a run: --resume goes on with it, another --output_dir starts anew")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
+    parts = {"default": dtype, "unet": torch.float32} if args.full else dtype
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    pipe = load_pipeline(args.model, device, dtype)
+    pipe = load_pipeline(args.model, device, parts)
     preview = load_preview(args.preview_decoder, pipe) if args.preview_decoder else None
     judge = load_judge(args.judge, device, args.weights) if args.judge != "none" else None
     data, held_out = split_pairs(args, pipe) if args.pairs else (None, None)
     torch.manual_seed(args.seed)
-    params = train_all(pipe) if args.full else add_lora(pipe.unet, args.rank)  # lists: see there
+    params = train_all(pipe, dtype) if args.full else add_lora(pipe.unet, args.rank)  # lists: see there
     opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8,
                             fused=device.startswith("cuda"))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
@@ -521,7 +528,8 @@ def setup(args, world=None):
 
 
 def make_fast(pipe, judge, args):
-    """What changes the time and not the result: memory layout on CUDA, --compile."""
+    """What is about time alone: memory layout on CUDA, --compile. Compiled code rounds otherwise with its LoRA on and off: in half
+    precision X is 1 at the start to the digits that the mean log-ratio leaves, not to the last bit."""
     if pipe.unet.device.type == "cuda":
         for part in (pipe.unet, pipe.vae, *([pipe.frozen_unet] if args.full else [])):
             part.to(memory_format=torch.channels_last)  # what convolutions in half precision are fastest in
@@ -557,6 +565,8 @@ def rollout(run, judge, prompts, bar):
     order = torch.randperm(len(run.pairs), generator=generator)
     run.order, run.done = world.join_rows(order if world.rank == 0 else order[:0]), 0  # rank 0's, for all
     s = run.pairs.scores
+    if not math.isfinite(s["mean"]):
+        raise UserError("none of the judge's scores is finite: try --mixed_precision bf16, or another --judge")
     run.log("rollout", epoch=epoch, judge_mean=s["mean"], judge_std=s["std"], judge_final=s["final"],
             **{k: s[k] for k in s if k == "preview_agreement"}, pairs=len(run.pairs),
             valid=len(run.pairs) / run.pairs.candidates, seconds=time.time() - start, peak_gb=peak_gb(run.pipe.unet.device))
@@ -624,12 +634,12 @@ def train(run, judge, prompts, held_out, div, beta):
     args, first = run.args, run.world.rank == 0
     null, shown = encode_prompts(run.pipe, [""]), held_out[:4]
     reference = paint(run.pipe, shown, 6, args, reference=True) if first else None
-    def picture(epoch):
-        if first and not (args.resume and os.path.exists(samples_path(run, epoch))):
+    def picture(epoch, anew=True):
+        if first and (anew or not os.path.exists(samples_path(run, epoch))):
             save_samples(run, shown, epoch, reference)
     limit, N = args.max_train_steps, len(run.data or prompts)
     if run.seen % N == 0 and run.pairs is None:  # a new run; or one that was stopped before it had painted
-        picture(run.seen // N)
+        picture(run.seen // N, anew=not args.resume)
     with progress_bar(total=N * args.num_epochs, initial=run.seen, disable=not first,
                       bar_format="{l_bar}{bar}| {n:.0f}/{total} " + ("pairs" if args.pairs else "prompts") + " [{elapsed}<{remaining}]{postfix}") as bar:
         while run.seen < N * args.num_epochs and not 0 < limit <= run.step:
@@ -643,12 +653,12 @@ def train(run, judge, prompts, held_out, div, beta):
                     print(f"\nrollout {run.rollout + 1}: no valid pair, nothing to learn from (judge std "
                           f"{run.pairs.scores['std']:.3g}; a lower --threshold makes more pairs valid)", file=sys.stderr)
                 more = train_on_rollout(run, div, beta, null, bar)
+            if run.seen % N == 0 and run.pairs is None:
+                picture(run.seen // N)
             if not more:
                 break
-            if run.seen % N == 0:
-                picture(run.seen // N)
     if run.done or run.seen % N:  # --max_train_steps cut an epoch short: its picture all the same
-        save_samples(run, shown, run.seen // N + 1, reference) if first else None
+        picture(run.seen // N + 1)
     run.save()
     run.check_stop()
 
@@ -658,11 +668,12 @@ def main():
     try:
         args, why = parse(sys.argv[1:])
         div, beta = validate(args)
-        world.join(pick_device(args.device))
+        device = pick_device(args.device)
     except UserError:
-        if world.rank:
-            sys.exit(2)  # rank 0 says it
+        if world.local:
+            sys.exit(2)  # the first rank of each machine says it
         raise
+    world.join(device)
     if world.rank:
         sys.stdout = open(os.devnull, "w")
     with world.in_turn():
@@ -677,10 +688,11 @@ def main():
         held_out = run.held_out
         print(f"{len(run.data)} pairs of {len(set(run.data.captions))} captions to train on; {len(held_out)} prompts held out")
     run.begin(held_out)
+    world.share(run.params)
     def on_signal(number, frame):
-        if run.stop:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        run.stop = True
+        if run.stop and number == signal.SIGINT and time.time() - run.stop > 3:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait; sooner it is a scheduler that signals twice
+        run.stop = run.stop or time.time()
         if world.rank == 0:
             print("\nstopping: saving a checkpoint", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -142,6 +142,7 @@ def prompt_by_prompt(opts):
     """Seconds a prompt of the whole loop, by part: a rollout and the training on its pairs, reference-like and ours."""
     from torch.utils.flop_counter import FlopCounterMode
     device, full = opts.device, opts.model == "sd15"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as SPO's own settings, for both
     half = torch.bfloat16 if device.startswith("cuda") else torch.float32
     args, _ = train.parse(["--model", "toy"])
     args.train_batch_size = min(opts.pairs, 10)

@@ -497,7 +497,7 @@ def test_parquet_of_other_columns(tmp_path, pipe):
     with pytest.raises(UserError, match="has no column jpg_0, jpg_1, label_0; it has caption, image"):
         list(pairs.records(str(tmp_path / "x.parquet")))
     write_table(pa.table({"caption": ["a"], "jpg_0": [b"no"], "jpg_1": [buffer.getvalue()], "label_0": [1.]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="jpg_0 of row 0: damaged or no image"):
+    with pytest.raises(UserError, match="jpg_0 of row 0 of x.parquet: damaged or no image"):
         pairs.open_pairs(str(tmp_path / "x.parquet"), pipe, str(tmp_path / "cache"))
 
 
@@ -521,3 +521,37 @@ def test_toy_writes_what_it_says(command, tmp_path):
     for argv, message in ((["--pairs", tmp_path / "set"], "is there already"), (["--pairs", tmp_path / "new", "--count", 0], "at least 1")):
         code, _, err = command("toy.py", *argv)
         assert code == 2 and message in err
+
+
+def test_full_training_starts_at_its_reference_where_autocast_widens_norms(pair_run, tmp_path, monkeypatch):
+    """On CUDA autocast runs normalisations in fp32, on the CPU it does not; imitated here. Policy and reference must compute alike:
+    X is exactly 1 at the start. And the weights that train are the file's, not rounded to bf16."""
+    args, _ = train.parse([str(a) for a in pair_run] + ["--full", "--mixed_precision", "bf16", "--output_dir", str(tmp_path / "run")])
+    div, beta = train.validate(args)
+    run, _ = train.setup(args)
+    for name in ("group_norm", "layer_norm"):
+        original, seen = getattr(F, name), []
+        def wide(x, *a, original=original, **kw):
+            if torch.is_autocast_enabled("cpu"):
+                seen.append(1)
+                with torch.autocast("cpu", enabled=False):
+                    return original(x.float(), *a, **kw)
+            return original(x, *a, **kw)
+        monkeypatch.setattr(F, name, wide)
+    loss, stats = train.pair_loss(run.pipe, run.data, torch.arange(4), None, div, beta, args)
+    assert seen and (stats["log_X_w"] == 0).all() and (stats["log_X_l"] == 0).all()
+    assert run.pipe.vae.dtype == torch.bfloat16 and run.pipe.unet.dtype == torch.float32
+    loaded = sample.load_pipeline(args.model).unet.state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in run.pipe.unet.state_dict().items())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in run.params)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("flags", (["--mixed_precision", "bf16"], ["--mixed_precision", "fp16"], ["--full", "--mixed_precision", "bf16"],
+                                   ["--full", "--mixed_precision", "fp16", "--gradient_checkpointing"]), ids=" ".join)
+def test_a_run_on_cuda(command, pair_run, tmp_path, flags):
+    i = pair_run.index("--device")
+    code, _, err = command("train.py", *pair_run[:i], *pair_run[i + 2:], "--device", "cuda", *flags, "--output_dir", tmp_path / "r")
+    steps = log(tmp_path / "r", "step")
+    assert code == 0 and abs(steps[0]["loss"] - np.log(2)) < 1e-4 and np.isfinite([s["loss"] for s in steps]).all(), err

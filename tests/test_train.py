@@ -253,6 +253,12 @@ def test_an_empty_rollout_is_survived_and_logged(command, small_run, tmp_path):
     assert [r["pairs"] for r in records(tmp_path / "r", "rollout")] == [0, 0] and records(tmp_path / "r") == []
 
 
+def test_a_judge_without_a_finite_score_stops_the_run(command, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.Taste, "__call__", lambda self, images, text=None, t=None: torch.full((len(images),), math.nan))
+    code, _, err = command("train.py", *small_run, "--output_dir", tmp_path / "r")
+    assert code == 2 and "none of the judge's scores is finite" in err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("div", ("js", "fkl"))
 def test_a_non_finite_loss_or_gradient_stops_with_step_timestep_and_ratio(command, small_run, tmp_path, div):
     code, _, err = command("train.py", *small_run, "--div", div, "--learning_rate", 1e30, "--clip", "none", "--output_dir", tmp_path / "r")
