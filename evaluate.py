@@ -77,7 +77,7 @@ def per_prompt(judge, prompts, images):
         figures[f"{judge.name} (the judge)"] = torch.cat([judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))])
     if hasattr(judge, "report"):
         figures |= judge.report(flat, each)
-    out = {k: v.view(P, K).nanmean(1) for k, v in figures.items()}
+    out = {k: v.view(P, K).nanmean(1) for k, v in figures.items() if not v.isnan().all()}  # captions that a checker cannot read
     rows = [[x.permute(1, 2, 0) for x in row] for row in eight_bit]
     if K > 1:
         out["diversity: RMSE between images of a prompt"] = torch.tensor(

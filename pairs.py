@@ -41,15 +41,14 @@ def records(path):
     """Yields the pairs of PATH one by one; read() gives an image's bytes. Raises UserError naming what is wrong, and where."""
     if os.path.isdir(path):
         tables = [os.path.join(path, f) for f in ("pairs.csv", "pairs.jsonl") if os.path.exists(os.path.join(path, f))]
+        shards = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
         if len(tables) == 2:
             raise UserError(f"{path!r} has a pairs.csv and a pairs.jsonl: remove one")
-        shards = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
-        if tables or not shards:
-            path = tables[0] if tables else os.path.join(path, "pairs.csv")
-        else:
+        if shards and not tables:
             return (r for shard in shards for r in from_parquet(shard))
-    if not os.path.isfile(path):
-        raise UserError(f"no pairs at {path!r}: give a folder with a pairs.csv or pairs.jsonl ({NAMES}), or a .parquet file")
+        path = tables[0] if tables else path
+    if not os.path.isfile(path) or not path.endswith((".csv", ".jsonl", ".parquet")):
+        raise UserError(f"no pairs at {path!r}: give a folder with a pairs.csv or pairs.jsonl ({NAMES}) or with .parquet files, or such a file")
     return from_parquet(path) if path.endswith(".parquet") else from_table(path)
 
 
@@ -58,21 +57,27 @@ def from_table(path):
     folder, is_csv = os.path.dirname(path), path.endswith(".csv")
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            items = csv.DictReader(f) if is_csv else (json.loads(line) for line in f if line.strip())
-            for i, item in enumerate(items):
-                where = f"{path}, line {i + (2 if is_csv else 1)}"
+            table = csv.DictReader(f) if is_csv else None
+            lines = ((table.line_num, item) for item in table) if is_csv else (
+                (i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip())
+            for i, item in lines:
+                where = f"{path}, line {i}"
                 if not isinstance(item, dict):
                     raise UserError(f"{where}: not an object with {NAMES}")
-                caption = item.get("prompt", item.get("caption"))
-                if caption is None or "winner" not in item or "loser" not in item:
-                    raise UserError(f"{where}: its columns are {', '.join(map(str, item)) or 'none'}; needed are {NAMES}")
-                files = [item["winner"], item["loser"]]
+                if None in item:
+                    raise UserError(f"{where}: more cells than the header has: put captions with commas in quotes")
+                item = {k.strip().lower(): v for k, v in item.items()}
+                caption, files = item.get("prompt") or item.get("caption"), [item.get("winner"), item.get("loser")]
+                if not {"winner", "loser"} <= item.keys() or not {"prompt", "caption"} & item.keys():
+                    raise UserError(f"{where}: its columns are {', '.join(item) or 'none'}; needed are {NAMES}"
+                                    + (", with commas between them" if is_csv and len(item) == 1 else ""))
                 if not all(isinstance(v, str) and v.strip() for v in (caption, *files)):
                     raise UserError(f"{where}: prompt, winner or loser is empty")
+                caption.encode()  # half a surrogate pair, which JSON can hold, is no text
                 yield where, caption, *((name, _reader(os.path.join(folder, name))) for name in files), item.get("label")
     except UnicodeError as e:
         raise UserError(f"{path} is not text: save it as UTF-8") from e
-    except (csv.Error, json.JSONDecodeError) as e:
+    except (csv.Error, json.JSONDecodeError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as {'a CSV table' if is_csv else 'JSON lines'} ({e})") from e
 
 
@@ -101,7 +106,9 @@ def from_parquet(path, rows=16):
                 for item in batch.to_pylist():
                     where, images = f"{path}, row {row}", []
                     for c in columns[1:3]:
-                        data = item[c]["bytes"] if isinstance(item[c], dict) else item[c]  # a struct where the hub's Image type wrote it
+                        data = item[c].get("bytes") if isinstance(item[c], dict) else item[c]  # a struct where the hub's Image type wrote it
+                        if not isinstance(data, bytes | None):
+                            raise UserError(f"{where}: {c} must hold the image's bytes")
                         images.append((f"{c} of row {row} of {os.path.basename(path)}", lambda data=data: data or b""))
                     if not isinstance(item["caption"], str) or not item["caption"].strip():
                         raise UserError(f"{where}: caption is empty")
@@ -133,7 +140,7 @@ def to_model(data, height, width):
     try:
         image = Image.fromarray(read_image(io.BytesIO(data)))
     except UserError as e:
-        raise UserError("damaged or no image") from e
+        raise UserError("more pixels than Pillow takes" if isinstance(e.__cause__, Image.DecompressionBombError) else "damaged or no image") from e
     scale = max(height / image.height, width / image.width)
     w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize((w, h), Image.Resampling.BILINEAR)
@@ -226,7 +233,7 @@ class PairSet:
         return x_w, x_l, torch.stack(eps), torch.stack(t), [self.captions[i] for i in index], torch.tensor([self.weights[i] for i in index])
 
 
-def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
+def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     """Reads PATH, encodes what is not encoded yet, and says what was left out. Returns a PairSet.
 
     Raises UserError for a wrong table, an empty set, or missing or damaged images: these are named and counted at the end, when all
@@ -236,7 +243,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
     _, h, w = latents.shape
     height, width = h * pipe.vae_scale_factor, w * pipe.vae_scale_factor
     rows, bad, known = [], {}, set()
-    ties = left_out = 0
+    read = ties = same = left_out = 0
 
     def key_of(name, read):
         """The name of an image's latent, which is made if need be; None, and a line in `bad`, if the image is no good."""
@@ -244,7 +251,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
             data = read()
             key = hashlib.sha256(data).hexdigest()
             image = to_model(data, height, width) if key not in known and not latents.has(key) else None
-        except (OSError, UserError) as e:
+        except (OSError, ValueError) as e:  # of to_model, or of a name that no file can have
             bad[name] = e.strerror.lower() if isinstance(e, OSError) else str(e)
             return None
         if image is not None:
@@ -252,9 +259,10 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
         known.add(key)
         return key
 
-    with progress_bar(unit=" pairs", desc="reading and encoding pairs") as bar:
+    with progress_bar(unit=" pairs", desc="reading and encoding pairs", disable=quiet) as bar:
         for where, caption, winner, loser, label in records(path):
             bar.update()
+            read += 1
             label = read_label(label, where)
             if label == 0.5:
                 ties += 1
@@ -262,6 +270,9 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
             keys = [key_of(*winner), key_of(*loser)]
             if None in keys:
                 left_out += 1
+                continue
+            if keys[0] == keys[1]:
+                same += 1
                 continue
             rows.append((" ".join(caption.split()), *(keys if label > 0.5 else keys[::-1]), abs(2 * label - 1)))
     if bad:
@@ -272,6 +283,10 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0):
         print(f"left out: {what}")
     if ties:
         print(f"left out: {ties} ties (label 0.5, or none in Parquet)")
+    if same:
+        print(f"left out: {same} pairs of an image with itself")
+    if not read:
+        raise UserError(f"{path} is empty: give one with pairs in it ({NAMES})")
     if not rows:
         raise UserError(f"{path} holds no pair that can be trained on: give one with at least one clear preference")
     report_long_captions(pipe, sorted({r[0] for r in rows}))

@@ -279,22 +279,17 @@ def save_policy(pipe, folder, state):
 
 
 def policy_file(folder):
-    """The file that holds a run's policy, LoRA or UNet; None if there is none. A file is its own."""
-    files = [folder] if os.path.isfile(folder) else [os.path.join(folder, f) for f in (LORA_FILE, FULL_FILE)]
-    return next((f for f in files if os.path.isfile(f)), None)
+    """The file that holds a run's policy, LoRA or UNet; None if there is none. A file is its own; a whole model is no run."""
+    files = [LORA_FILE] + ([] if os.path.exists(os.path.join(folder, "model_index.json")) else [FULL_FILE, os.path.basename(FULL_FILE)])
+    return next((f for f in [folder, *(os.path.join(folder, f) for f in files)] if os.path.isfile(f)), None)
 
 
 def load_policy(pipe, folder):
     """A run's policy into the pipeline, whose own UNet stays the reference: see as_reference. Raises UserError."""
     path = policy_file(folder)
-    if path is None or not path.endswith(FULL_FILE):
-        return load_lora(pipe.unet, folder)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}): train again or copy it again") from e
+    state = read_policy(path, folder)
+    if not any(k in state for k in ("conv_in.weight", "conv_in.bias")):
+        return load_lora(pipe.unet, path)
     dtype = pipe.unet.dtype
     train_all(pipe)
     set_policy(pipe, state, path)
@@ -319,15 +314,8 @@ def load_lora(unet, folder):
 
     Raises UserError if there is none, it is damaged, or its rank or its layers are not this UNet's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     path = os.path.join(folder, LORA_FILE) if os.path.isdir(folder) else folder
-    if not os.path.isfile(path):
-        raise UserError(f"no LoRA at {folder!r}: give a run's folder with {LORA_FILE} in it, or such a file")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}): train again or copy it again") from e
+    state = read_policy(path, folder)
     ranks = {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
     if not ranks:
         raise UserError(f"{path} holds no LoRA in diffusers' names (unet. ... .lora_A.weight)")
@@ -335,6 +323,18 @@ def load_lora(unet, folder):
         add_lora(unet, min(ranks))
     set_lora(unet, state, path)
     return [p for _, m in lora_layers(unet) for p in (m.lora_A, m.lora_B)]
+
+
+def read_policy(path, given):
+    """{name: tensor} of a LoRA's or a UNet's safetensors file; given: how the user named it. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    if path is None or not os.path.isfile(path):
+        raise UserError(f"no LoRA at {given!r}: give a run's folder, with {LORA_FILE} or (of --full) unet/ in it, or such a file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e}): train again or copy it again") from e
 
 
 def set_lora(unet, state, path):
@@ -593,15 +593,15 @@ def write_file(path, data):
                         "what was saved before is whole") from e
 
 
-def make_folder(path):
-    """Creates a folder, or raises UserError; also if it exists and cannot be written to."""
+def make_folder(path, flag="--output_dir"):
+    """Creates a folder, or raises UserError, naming the flag; also if it exists and cannot be written to."""
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".probe-{socket.gethostname()}-{os.getpid()}")  # other ranks may probe as well
         open(probe, "w").close()
         os.remove(probe)
     except OSError as e:
-        raise UserError(f"cannot write to {path!r} ({e.strerror}): choose another --output_dir") from e
+        raise UserError(f"cannot write to {path!r} ({e.strerror}): choose another {flag}") from e
 
 
 def read_prompts(path):
@@ -689,6 +689,7 @@ def run_cli(main):
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: stopped; what is written stays, the same command begins again", file=sys.stderr)
         sys.exit(130)
 
 

@@ -169,6 +169,7 @@ PRESET = dict(num_epochs=12, sample_batch_size=14, train_batch_size=20, gradient
 
 
 PAIRS_PRESET = dict(num_epochs=4, learning_rate=1e-3, beta=1.0)  # and with --pairs; at beta 5 taste rises half as much
+FULL_PRESET = dict(learning_rate=1e-4, checkpointing_steps=20)  # and with --full
 
 
 def write_pairs(folder, count, seed):

@@ -30,6 +30,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,8 @@ from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, as_reference,
 
 SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_training_and_inference/assets/prompts/4k_training_prompts.json",
                "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4")  # sha256; 4,000 captions of Pick-a-Pic v1
-FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device", "cache_dir")
+FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device", "cache_dir",
+                  "pairs")  # the last by its content: see split_pairs
 PAIRS_PRESET = dict(beta=5.0, clip="none")  # Diffusion-DPO's, whose code says 5000 where S = 1000 is not drawn out; no clamp
 FULL_PRESET = dict(checkpointing_steps=500, learning_rate=2e-5)  # a state of SD1.5 is 14 GB; the rate is Diffusion-DPO's
 NOT_WITH_PAIRS = ("sample_batch_size", "num_children", "first_step", "threshold", "eta", "preview_decoder")
@@ -125,7 +127,10 @@ def parse(argv):
     known, _ = first.parse_known_args(argv)
     where, why = resolve_model(known.model)
     is_toy = os.path.realpath(where) == TOY
-    preset = ({} if is_toy or not known.full else FULL_PRESET) | (toy.PRESET if is_toy else {}) | ((PAIRS_PRESET | (toy.PAIRS_PRESET if is_toy else {})) if known.pairs else {})
+    preset = {}
+    for wanted, values in ((known.full, FULL_PRESET), (is_toy, toy.PRESET), (known.pairs, PAIRS_PRESET), (is_toy and known.pairs, toy.PAIRS_PRESET),
+                           (is_toy and known.full, toy.FULL_PRESET)):
+        preset |= values if wanted else {}
     parser = build_parser(preset)
     args = parser.parse_args(argv)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args), missing := object()))
@@ -154,7 +159,8 @@ def resumed_args(args, typed):
         raise UserError(f"nothing to resume in {args.output_dir!r} (no readable config.json): drop --resume, or give the "
                         "run's folder with --output_dir") from e
     now = vars(args)
-    other = [k for k in typed if k not in FREE_ON_RESUME and k in saved and saved[k] != now[k]]
+    free = [k for k in FREE_ON_RESUME if k != "pairs" or saved.get(k)]
+    other = [k for k in typed if k not in free and k in saved and saved[k] != now[k]]
     if other:
         raise UserError("--resume with different settings: " + ", ".join(f"{k} was {saved[k]}, now {now[k]}" for k in other)
                         + "; leave them out, or start another run with another --output_dir")
@@ -207,19 +213,22 @@ def spo_prompts(weights=None):
     return path
 
 
-def split_pairs(args, pipe):
+def split_pairs(args, pipe, quiet=False):
     """(PairSet to train on, held-out captions); no pair of a held-out caption is trained on. --prompts FILE names them itself."""
-    data = open_pairs(args.pairs, pipe, args.cache_dir, args.skip_bad, args.seed)
-    if args.resume and getattr(args, "pairs_sha256", data.digest) != data.digest:
-        raise UserError("the pairs, or their images, were edited since this run began: put them back, or start another run with another "
-                        "--output_dir")
-    args.pairs_sha256 = data.digest
+    data = open_pairs(args.pairs, pipe, args.cache_dir, args.skip_bad, args.seed, quiet)
     captions = list(dict.fromkeys(data.captions))
     held = read_prompts(args.prompts)[:args.num_eval_prompts] if args.prompts else hold_out(captions, args.num_eval_prompts)[1]
     if not held:
         print("one caption: none is held out, the table at the end is about it")
         held = captions
+    digest = hashlib.sha256((data.digest + json.dumps(held)).encode()).hexdigest()
+    if args.resume and getattr(args, "pairs_sha256", digest) != digest:
+        raise UserError("the pairs, their images or --prompts were edited since this run began: put them back, or start another run with "
+                        "another --output_dir")
+    args.pairs_sha256 = digest
     rest = data.without(held)
+    if not len(rest) and len(captions) > 1:
+        raise UserError(f"{args.prompts} names every caption of the pairs, and those are held out: leave some to train on")
     return (rest if len(rest) else data), held
 
 
@@ -505,13 +514,15 @@ def setup(args, world=None):
     precision = args.mixed_precision
     if not args.resume and any(os.path.exists(os.path.join(args.output_dir, f)) for f in ("config.json", "state.pt")):
         raise UserError(f"{args.output_dir!r} already holds a run: --resume goes on with it, another --output_dir starts anew")
+    if args.pairs:
+        make_folder(args.cache_dir, "--cache_dir")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
     parts = {"default": dtype, "unet": torch.float32} if args.full else dtype
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     pipe = load_pipeline(args.model, device, parts)
     preview = load_preview(args.preview_decoder, pipe) if args.preview_decoder else None
     judge = load_judge(args.judge, device, args.weights) if args.judge != "none" else None
-    data, held_out = split_pairs(args, pipe) if args.pairs else (None, None)
+    data, held_out = split_pairs(args, pipe, bool(world and world.rank)) if args.pairs else (None, None)
     torch.manual_seed(args.seed)
     params = train_all(pipe, dtype) if args.full else add_lora(pipe.unet, args.rank)  # lists: see there
     opt = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.adam_weight_decay, eps=1e-8,
@@ -708,13 +719,15 @@ def main():
         final_table(run, judge, held_out)
     except KeyboardInterrupt:
         if world.rank == 0:
-            print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {args.output_dir}",
+            print(f"stopped at optimiser step {run.step}; to go on: python train.py --resume --output_dir {shlex.quote(args.output_dir)}",
                   file=sys.stderr)
         sys.exit(130)
-    print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, the LoRA. Next:")
-    print(f'  python sample.py "{held_out[0]}" --lora {args.output_dir} --model {args.model}')
-    other = " ".join(f"--{k} {getattr(args, k)}" for k in ("model", "judge", "prompts", "pairs") if getattr(args, k))
-    print(f"  python evaluate.py {args.output_dir}      Tables 2 and 3 of the paper, as far as they go without downloads")
+    print(f"\nIn {args.output_dir}: samples/ (reference above aligned), curves.png, table.md, metrics.jsonl, {'unet/' if args.full else 'the LoRA'}. Next:")
+    folder, model = shlex.quote(args.output_dir), shlex.quote(args.model)
+    print(f"  python sample.py {shlex.quote(held_out[0])} --lora {folder} --model {model}")
+    other = " ".join(f"--{k} {shlex.quote(getattr(args, k))}" for k in ("model", "judge", "prompts", "pairs") if getattr(args, k))
+    other += f" --seed {args.seed}" + " --full" * args.full
+    print(f"  python evaluate.py {folder}      Tables 2 and 3 of the paper, as far as they go without downloads")
     print(f"  python train.py --div {'rkl' if args.div != 'rkl' else 'js'} {other}      the same under another divergence")
 
 

@@ -353,6 +353,13 @@ def test_full_training_leaves_a_unet_that_opens_elsewhere(command, pair_run, mic
         torch.testing.assert_close(pipe.unet(x, t, text).sample, aligned(x, t, text).sample)
         with sample.as_reference(pipe):
             torch.testing.assert_close(pipe.unet(x, t, text).sample, original(x, t, text).sample)
+    for wrong, message in ((micro, "no LoRA at"), (tmp_path, "no LoRA at")):
+        code, _, err = command("sample.py", "a sun", "--model", micro, "--lora", wrong, "--output_dir", tmp_path / "x")
+        assert code == 2 and message in err and "(of --full) unet/" in err
+    for same_policy in ("r/unet", f"r/{FULL_FILE}"):
+        again = sample.load_pipeline(micro)
+        sample.load_policy(again, str(tmp_path / same_policy))
+        assert same(again.unet.state_dict(), aligned.state_dict())
     for policy in (["--lora", tmp_path / "r"], []):
         code, _, err = command("sample.py", "a sun", "--model", micro, *policy, "--seeds", 0, "--num_inference_steps", 4, "--device", "cpu",
                                "--output_dir", tmp_path / ("aligned" if policy else "plain"))
@@ -404,6 +411,27 @@ def test_resume_refuses_an_edited_set(command, pair_run, pair_folder, tmp_path):
     assert code == 2 and "were edited since this run began" in err.splitlines()[-1] and same(before, weights(tmp_path / "r"))
 
 
+def test_resume_refuses_other_prompts_and_takes_a_moved_set(command, pair_run, pair_folder, tmp_path):
+    folder, own = shutil.copytree(pair_folder, tmp_path / "set"), tmp_path / "p.txt"
+    own.write_text("a moon over my house\n")
+    code, _, err = command("train.py", *[folder if a == pair_folder else a for a in pair_run], "--prompts", own, "--max_train_steps", 1,
+                           "--output_dir", tmp_path / "r")
+    assert code == 0, err
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    code, out, err = command("train.py", "--resume", "--pairs", moved, "--max_train_steps", 2, "--output_dir", tmp_path / "r")
+    assert code == 0 and "resumed at optimiser step 1" in out, err
+    own.write_text("another moon\n")
+    code, _, err = command("train.py", "--resume", "--pairs", moved, "--max_train_steps", 3, "--output_dir", tmp_path / "r")
+    assert code == 2 and "--prompts were edited" in err.splitlines()[-1], err
+
+
+def test_every_caption_held_out_is_refused(command, pair_run, pair_folder, tmp_path):
+    with open(os.path.join(pair_folder, "pairs.csv")) as f:
+        (tmp_path / "p.txt").write_text("\n".join(r["prompt"] for r in csv.DictReader(f)))
+    code, _, err = command("train.py", *pair_run, "--prompts", tmp_path / "p.txt", "--num_eval_prompts", 99, "--output_dir", tmp_path / "r")
+    assert code == 2 and "names every caption of the pairs" in err.splitlines()[-1]
+
+
 def test_two_ranks_are_one(pair_run, tmp_path):
     """Every other pair to each rank, one rank with an odd one less: the same log but for rounding."""
     code, said = Child("train.py", *pair_run, "--max_train_steps", 3, "--output_dir", tmp_path / "one").wait()
@@ -442,11 +470,16 @@ def parquet(folder):
 
 HEAD = "prompt,winner,loser,label\n"
 BAD = [(lambda f: f / "nowhere", [], "no pairs at"),
+       (lambda f: f / "images" / "00000_a.png", [], "no pairs at"),
        (lambda f: os.remove(f / "pairs.csv"), [], "no pairs at"),
        (second_table, [], "remove one"),
        (write("pairs.csv", "text,good,bad\na,b,c\n"), [], "line 2: its columns are text, good, bad; needed are prompt (or caption), winner, loser"),
-       (write("pairs.csv", HEAD), [], "holds no pair that can be trained on"),
-       (write("pairs.csv", ""), [], "holds no pair that can be trained on"),
+       (write("pairs.csv", HEAD), [], "is empty: give one with pairs in it"),
+       (write("pairs.csv", ""), [], "is empty: give one with pairs in it"),
+       (write("pairs.csv", "prompt;winner;loser\na;b;c\n"), [], "with commas between them"),
+       (write("pairs.csv", HEAD + "\n\na red sun, a big one,images/00000_a.png,images/00000_b.png,1\n"), [], "line 4: more cells than the header has"),
+       (write("pairs.csv", HEAD + "a sun,images/00000_a.png,images/\0,1\n"), [], "1 image is missing or damaged"),
+       (write("pairs.csv", HEAD + "a sun,images/00000_a.png,images/00000_a.png,1\n"), [], "holds no pair that can be trained on"),
        (write("pairs.csv", HEAD + "a sun,images/00000_a.png,images/00000_b.png,0.5\n"), [], "holds no pair that can be trained on"),
        (write("pairs.csv", HEAD + "a sun,images/00000_a.png,images/00000_b.png,2\n"), [], "line 2: label must be a number in [0, 1]"),
        (write("pairs.csv", HEAD + "a sun,images/00000_a.png,images/00000_b.png,yes\n"), [], "line 2: label must be a number in [0, 1]"),
@@ -473,7 +506,7 @@ def test_bad_input(command, pair_run, pair_folder, tmp_path, edit, flags, messag
 
 
 def test_bad_json_lines(command, pair_run, pair_folder, tmp_path):
-    for content, message in (('{"prompt": "a"', "cannot be read as JSON lines"), ("[1]\n", "line 1: not an object"), ('{"prompt": "a"}\n', "its columns are prompt")):
+    for content, message in (('{"prompt": "a"', "cannot be read as JSON lines"), ('{"prompt": "a\\ud800", "winner": "b", "loser": "c"}', "is not text"), ("[1]\n", "line 1: not an object"), ('{"prompt": "a"}\n', "its columns are prompt")):
         folder = tmp_path / str(len(message))
         os.makedirs(folder)
         (folder / "pairs.jsonl").write_text(content)
@@ -495,6 +528,9 @@ def test_parquet_of_other_columns(tmp_path, pipe):
     Image.new("RGB", (48, 48)).save(buffer, "JPEG")
     write_table(pa.table({"caption": ["a"], "image": [buffer.getvalue()]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="has no column jpg_0, jpg_1, label_0; it has caption, image"):
+        list(pairs.records(str(tmp_path / "x.parquet")))
+    write_table(pa.table({"caption": ["a"], "jpg_0": ["a.png"], "jpg_1": ["b.png"], "label_0": [1.]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="row 0: jpg_0 must hold the image's bytes"):
         list(pairs.records(str(tmp_path / "x.parquet")))
     write_table(pa.table({"caption": ["a"], "jpg_0": [b"no"], "jpg_1": [buffer.getvalue()], "label_0": [1.]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="jpg_0 of row 0 of x.parquet: damaged or no image"):
