@@ -99,7 +99,8 @@ def before_after(before, after, count):
     figures = {}
     for k in before:
         (b, b_se), (a, a_se), (d, d_se) = stats(before[k]), stats(after[k]), stats(after[k].double() - before[k].double())
-        lines.append(f"| {k} | {b:.3f} +- {b_se:.3f} | {a:.3f} +- {a_se:.3f} | {d:+.3f} +- {d_se:.3f} | "
+        error = lambda se: f" +- {se:.3f}" if se == se else ""  # one prompt has none
+        lines.append(f"| {k} | {b:.3f}{error(b_se)} | {a:.3f}{error(a_se)} | {d:+.3f}{error(d_se)} | "
                      + (f"{d / d_se:+.1f} |" if d_se > 0 else "- |"))
         figures[k] = {"before": b, "after": a, "change": d, "se": d_se}
     return "\n".join(lines) + "\n", figures

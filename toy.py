@@ -19,6 +19,7 @@ import csv
 import itertools
 import math
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -190,7 +191,7 @@ def write_pairs(folder, count, seed):
                 to_pil(image).save(os.path.join(new, name))
             table.writerow([caption, *(names if first[i] else names[::-1])])
     os.rename(new, folder)
-    print(f"{count} pairs in {folder}: pairs.csv and images/. Next: python train.py --div js --pairs {folder}")
+    print(f"{count} pairs in {folder}: pairs.csv and images/. Next: python train.py --div js --pairs {shlex.quote(folder)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
