@@ -16,6 +16,7 @@ Images are cut to the model's size and encoded by the VAE once. A latent is a fi
 so a kill loses one image, a changed image is encoded anew, several runs share them, and none lies in memory. (With torchrun
 the first rank of each machine encodes while the others wait, two hours at most: start a set of 100,000 pairs with one.)
 """
+import contextlib
 import csv
 import glob
 import hashlib
@@ -177,14 +178,17 @@ class Latents:
         """(3, H, W) in [-1, 1] -> its file, written under another name and renamed. One image at a time: in a batch its last bits
         would depend on its neighbours, and a run that was killed must end with the same bits."""
         vae, path = self.pipe.vae, self.path(key)
+        temporary = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"  # runs on several machines may share the folder
         z = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist.mean[0].float() * vae.config.scaling_factor
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.{socket.gethostname()}.{os.getpid()}.tmp", "wb") as f:
+            with open(temporary, "wb") as f:
                 np.save(f, z.cpu().numpy(), allow_pickle=False)
-            os.replace(f.name, path)
+            os.replace(temporary, path)
         except OSError as e:
-            raise UserError(f"cannot write {path} ({e.strerror}): free some space, or choose another --cache_dir; what is encoded stays") from e
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise UserError(f"cannot write {path} ({e.strerror or e}): free some space, or choose another --cache_dir; what is encoded stays") from e
 
     def get(self, keys):
         """(N, 4, h, w) fp32, on the CPU."""
@@ -243,7 +247,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     _, h, w = latents.shape
     height, width = h * pipe.vae_scale_factor, w * pipe.vae_scale_factor
     rows, bad, known = [], {}, set()
-    read = ties = same = left_out = 0
+    total = ties = same = left_out = 0
 
     def key_of(name, read):
         """The name of an image's latent, which is made if need be; None, and a line in `bad`, if the image is no good."""
@@ -262,7 +266,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     with progress_bar(unit=" pairs", desc="reading and encoding pairs", disable=quiet) as bar:
         for where, caption, winner, loser, label in records(path):
             bar.update()
-            read += 1
+            total += 1
             label = read_label(label, where)
             if label == 0.5:
                 ties += 1
@@ -285,7 +289,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
         print(f"left out: {ties} ties (label 0.5, or none in Parquet)")
     if same:
         print(f"left out: {same} pairs of an image with itself")
-    if not read:
+    if not total:
         raise UserError(f"{path} is empty: give one with pairs in it ({NAMES})")
     if not rows:
         raise UserError(f"{path} holds no pair that can be trained on: give one with at least one clear preference")

@@ -586,10 +586,13 @@ def write_file(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f"cannot write {path} ({e.strerror}): free some space or choose another --output_dir; "
+        disk = e if isinstance(e, OSError) else e.__context__  # torch.save wraps what the disk says in a RuntimeError
+        if not isinstance(disk, OSError):
+            raise
+        raise UserError(f"cannot write {path} ({disk.strerror}): free some space or choose another --output_dir; "
                         "what was saved before is whole") from e
 
 

@@ -343,7 +343,7 @@ def step_record(stats):
 # The run's folder
 
 class Run:
-    """config.json, metrics.jsonl, samples/, the LoRA and state.pt: whatever a run leaves, and how it comes back."""
+    """config.json, metrics.jsonl, samples/, the policy and state.pt: whatever a run leaves, and how it comes back."""
 
     def __init__(self, args, pipe, params, opt, scaler):
         self.args, self.pipe, self.params, self.opt, self.scaler = args, pipe, params, opt, scaler

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+import pairs
 import sample
 import train
 from sample import LORA_FILE
@@ -204,3 +205,40 @@ def test_a_full_disk_while_saving(command, small_run, finished):
     assert not list(finished.glob("*.tmp"))
     code, _, err = command("train.py", "--resume", "--max_train_steps", 0, "--output_dir", finished)  # space again: it goes on
     assert code == 0 and not same(weights(finished), lora)
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 5 kB: to the process, a disk that fills up while it writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old)
+
+
+@pytest.mark.parametrize("how", (lambda f: torch.save({"a": torch.randn(10000)}, f), b"x" * 10000), ids=("state", "bytes"))
+def test_the_disk_fills_up_in_mid_file(small_files, tmp_path, how):
+    """The old file stays, nothing else does; torch.save says RuntimeError for what the disk says."""
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(sample.UserError, match="File too large"):
+        sample.write_file(str(path), how)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_what_is_no_fault_of_the_disk_is_not_blamed_on_it(tmp_path):
+    def broken(f):
+        raise RuntimeError("CUDA error")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        sample.write_file(str(tmp_path / "state.pt"), broken)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_disk_fills_up_while_images_are_encoded(small_files, micro, tmp_path):
+    latents = pairs.Latents(str(tmp_path / "cache"), sample.load_pipeline(micro))
+    latents.shape = (4, 24, 24)
+    with pytest.raises(sample.UserError, match="choose another --cache_dir"):
+        latents.add("ab" * 32, torch.zeros(3, 128, 128))
+    assert not any(files for _, _, files in os.walk(tmp_path / "cache"))
