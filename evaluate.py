@@ -33,9 +33,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import toy
-from diversity import LEAST, LPIPS, entropy_1d, entropy_2d, fsim, fsim_maps, fsim_of_maps, lpips, psnr, rmse, ssim  # noqa: F401
-from judges import JUDGES, WeightsMissing, find, load_judge
+from toy import world as toy
+from parts.diversity import LEAST, LPIPS, entropy_1d, entropy_2d, fsim, fsim_maps, fsim_of_maps, lpips, psnr, rmse, ssim  # noqa: F401
+from parts.judges import JUDGES, load_judge
+from parts.weights import WeightsMissing, find
 from sample import (LORA_FILE, SD15, TOY, Parser, UserError, as_reference, generate, load_pipeline, load_policy,
                     make_folder, pick_device, policy_file, progress_bar, read_prompts, resolve_model, run_cli, to_pil, write_file, write_png)
 
@@ -804,5 +805,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from evaluate import main, run_cli  # as a module, so that UserError is one class whoever raises it
     run_cli(main)

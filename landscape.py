@@ -484,5 +484,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from landscape import main, run_cli  # as a module, so that UserError is one class whoever raises it
     run_cli(main)

@@ -16,8 +16,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sample import ddim_mean_std
-
 REDUCE = ("mean", "sum")
 CLIPS = ("ratio", "onesided", "none")
 
@@ -25,6 +23,25 @@ CLIPS = ("ratio", "onesided", "none")
 def _wide(*tensors):
     """fp16 and bf16 -> fp32; fp64 stays, so that tests can ask for more digits."""
     return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+
+
+def ddim_mean_std(eps, x_t, t, alphas_cumprod, num_steps, eta=1.0):
+    """The Gaussian of one DDIM step (Song et al. 2021, eq. 12 and 16): p(x_{t-1} | x_t) = N(mean, std^2).
+
+    eps, x_t: (N, C, H, W); t: (N,) integer timesteps, mixed as they come; alphas_cumprod: (T,), kept in fp32 or
+    wider; num_steps: of the sampler, so t_prev = t - T // num_steps, and 0 below it (a_0 at the last step).
+    Returns mean (N, C, H, W), std (N, 1, 1, 1), x0 (N, C, H, W): the prediction of the clean latent.
+    """
+    shape = (-1,) + (1,) * (x_t.ndim - 1)
+    table = alphas_cumprod.to(x_t.device)
+    t = t.to(x_t.device)
+    a_t = table[t].view(shape)
+    a_prev = table[(t - len(table) // num_steps).clamp(min=0)].view(shape)
+    var = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+    std = eta * var.sqrt()
+    x0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    mean = a_prev.sqrt() * x0 + (1 - a_prev - std ** 2).clamp(min=0).sqrt() * eps
+    return mean, std, x0
 
 
 def step_log_ratio(x_prev, mean, mean_ref, std, reduce="mean"):

@@ -11,30 +11,24 @@ The parts are used by train.py and evaluate.py; this file knows no loss and no j
 import argparse
 import contextlib
 import copy
-import csv
-import io
-import json
 import os
-import socket
 import sys
 import warnings
 from dataclasses import dataclass
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+
+from loss import ddim_mean_std  # noqa: F401
+from parts.common import (  # noqa: F401
+    Parser, UserError, labelled_grid, make_folder, pick_device, progress_bar, read_prompts, run_cli, to_pil, write_file, write_png)
+from parts.weights import hub_out_of_reach
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the living copy; runwayml/stable-diffusion-v1-5 is gone
 TOY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "toy")
 LORA_FILE = "pytorch_lora_weights.safetensors"        # the name that diffusers looks for in a folder
 FULL_FILE = os.path.join("unet", "diffusion_pytorch_model.safetensors")
-
-
-class UserError(ValueError):
-    """Bad input. Every command prints it as one line and exits with code 2; the message names the fix."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,19 +107,6 @@ def load_preview(where, pipe):
         raise UserError(f"the preview decoder {where!r} takes {shapes[0][0]} channels and enlarges {shapes[0][1]} times, the model's VAE "
                         f"{shapes[1][0]} and {shapes[1][1]}: give one made for this model")
     return vae
-
-
-def hub_out_of_reach():
-    """True if the model hub cannot be reached: then only earlier downloads are looked at, and nobody waits for retries."""
-    from huggingface_hub import constants
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or hub.scheme in getproxies():
-        return constants.HF_HUB_OFFLINE  # behind a proxy only the real request can tell
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
-        return False
-    except OSError:
-        return True
 
 
 def check_folder(folder):
@@ -356,25 +337,6 @@ def set_lora(unet, state, path):
 # ---------------------------------------------------------------------------------------------------------------
 # One denoising step
 
-def ddim_mean_std(eps, x_t, t, alphas_cumprod, num_steps, eta=1.0):
-    """The Gaussian of one DDIM step (Song et al. 2021, eq. 12 and 16): p(x_{t-1} | x_t) = N(mean, std^2).
-
-    eps, x_t: (N, C, H, W); t: (N,) integer timesteps, mixed as they come; alphas_cumprod: (T,), kept in fp32 or
-    wider; num_steps: of the sampler, so t_prev = t - T // num_steps, and 0 below it (a_0 at the last step).
-    Returns mean (N, C, H, W), std (N, 1, 1, 1), x0 (N, C, H, W): the prediction of the clean latent.
-    """
-    shape = (-1,) + (1,) * (x_t.ndim - 1)
-    table = alphas_cumprod.to(x_t.device)
-    t = t.to(x_t.device)
-    a_t = table[t].view(shape)
-    a_prev = table[(t - len(table) // num_steps).clamp(min=0)].view(shape)
-    var = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
-    std = eta * var.sqrt()
-    x0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
-    mean = a_prev.sqrt() * x0 + (1 - a_prev - std ** 2).clamp(min=0).sqrt() * eps
-    return mean, std, x0
-
-
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the model's length; longer prompts are cut, as everywhere in diffusers."""
@@ -575,142 +537,7 @@ def collect_pairs(pipe, judge, prompts, generator, num_children=4, first_step=4,
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files, prompts, grids
-
-def write_file(path, data):
-    """Bytes, or what data(file) writes, to a temporary name, to the disk, then renamed: a kill or a full disk leaves the old file whole."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            data(f) if callable(data) else f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        disk = e if isinstance(e, OSError) else e.__context__  # torch.save wraps what the disk says in a RuntimeError
-        if not isinstance(disk, OSError):
-            raise
-        raise UserError(f"cannot write {path} ({disk.strerror}): free some space or choose another --output_dir; "
-                        "what was saved before is whole") from e
-
-
-def make_folder(path, flag="--output_dir"):
-    """Creates a folder, or raises UserError, naming the flag; also if it exists and cannot be written to."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f".probe-{socket.gethostname()}-{os.getpid()}")  # other ranks may probe as well
-        open(probe, "w").close()
-        os.remove(probe)
-    except OSError as e:
-        raise UserError(f"cannot write to {path!r} ({e.strerror}): choose another {flag}") from e
-
-
-def read_prompts(path):
-    """Prompts from .txt, one a line; .json, a list of strings or of {"caption" | "prompt": ...} (SPO's format); .jsonl, such
-    an item a line; .csv with a column caption or prompt. Raises UserError, naming the file and what is wrong with it."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:  # Windows' editors put a mark in front
-            content = f.read()
-        if "\0" in content:
-            raise UnicodeError
-    except UnicodeError as e:
-        raise UserError(f"prompts file {path!r} is not text: give a UTF-8 file with one prompt a line") from e
-    except OSError as e:
-        raise UserError(f"cannot read prompts file {path!r} ({e.strerror}): give a text file with one prompt a line") from e
-    kind = os.path.splitext(path)[1].lower()
-    lines = content.splitlines()
-    if kind in (".json", ".jsonl", ".csv"):
-        try:
-            items = (json.loads(content) if kind == ".json" else [json.loads(x) for x in lines if x.strip()] if kind == ".jsonl"
-                     else list(csv.DictReader(io.StringIO(content))))
-            lines = [x if isinstance(x, str) else x["caption"] if "caption" in x else x["prompt"] for x in items]
-            if not isinstance(items, list) or not all(isinstance(x, str) for x in lines):
-                raise TypeError("not a list, or a prompt that is no text")
-        except (ValueError, TypeError, KeyError, csv.Error) as e:
-            what = {".json": "a JSON list of strings or of objects", ".jsonl": "JSON lines, strings or objects", ".csv": "a CSV table"}[kind]
-            raise UserError(f"{path!r} is not {what} with caption or prompt ({e})") from e
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"prompts file {path!r} is empty: give a text file with one prompt a line")
-    return prompts
-
-
-def to_pil(image):
-    """(3, H, W) in [0, 1] -> 8-bit PIL image."""
-    return Image.fromarray((image.permute(1, 2, 0).float().cpu().numpy() * 255).round().clip(0, 255).astype("uint8"))
-
-
-def labelled_grid(rows, path, cell=128):
-    """A PNG of rows [(label, images (n, 3, H, W))], label above its row; every image scaled to `cell` pixels of width.
-
-    Small pictures are enlarged without smoothing, so that their pixels stay honest.
-    """
-    font, pad, head = ImageFont.load_default(14), 4, 22
-    n = max(len(images) for _, images in rows)
-    tall = round(cell * rows[0][1].shape[2] / rows[0][1].shape[3])
-    wide = max([n * (cell + pad) + pad] + [int(font.getlength(label)) + 2 * pad for label, _ in rows])
-    sheet = Image.new("RGB", (wide, len(rows) * (tall + head + pad) + pad), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (label, images) in enumerate(rows):
-        top = pad + i * (tall + head + pad)
-        pen.text((pad, top + 2), label, fill="black", font=font)
-        for j, image in enumerate(images):
-            how = Image.Resampling.NEAREST if image.shape[-1] <= cell else Image.Resampling.LANCZOS
-            sheet.paste(to_pil(image).resize((cell, tall), how), (pad + j * (cell + pad), top + head))
-    write_png(sheet, path)
-
-
-def write_png(image, path):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Command line
-
-def progress_bar(**kw):
-    """tqdm on a terminal; into a log file, a line's worth every 20 seconds."""
-    from tqdm import tqdm
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 20, **kw)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line like every other bad input, not a page of usage."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def run_cli(main):
-    """Runs a command; bad input becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as e:
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: stopped; what is written stays, the same command begins again", file=sys.stderr)
-        sys.exit(130)
-
-
-def pick_device(name):
-    """"auto" -> cuda if there is one, else cpu. Raises UserError for cuda where there is none."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0") from e
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"{name} was asked for but torch sees {torch.cuda.device_count() or 'none'} of them: use --device cpu, "
-                        "or install a CUDA build of torch")
-    return name
-
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -759,5 +586,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from sample import main, run_cli  # as a module, so that UserError is one class whoever raises it
     run_cli(main)

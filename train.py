@@ -40,19 +40,18 @@ import time
 import numpy as np
 import torch
 
-import toy
+from toy import world as toy
 from divergences import NAMES, get_divergence
 from evaluate import before_after, hold_out, paint, peak_gb, per_prompt
-from judges import JUDGES, WeightsMissing, find_url, load_judge
+from parts.judges import JUDGES, load_judge
+from parts.weights import find_spo_prompts
 from loss import CLIPS, REDUCE, alignment_loss, noise_log_ratio, step_log_ratios
-from pairs import open_pairs
-from ranks import World, no_pairs
+from parts.pairs import open_pairs
+from parts.ranks import World, no_pairs
 from sample import (SD15, TOY, Pairs, Parser, UserError, add_lora, as_reference, collect_pairs, compile_pipeline, encode_prompts,
                     labelled_grid, load_pipeline, load_preview, make_folder, pick_device, policy_state, predict_noise, progress_bar,
                     read_prompts, resolve_model, run_cli, save_policy, set_policy, train_all, write_file)
 
-SPO_PROMPTS = ("https://raw.githubusercontent.com/RockeyCoss/SPO/main/spo_training_and_inference/assets/prompts/4k_training_prompts.json",
-               "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4")  # sha256; 4,000 captions of Pick-a-Pic v1
 FREE_ON_RESUME = ("resume", "weights", "output_dir", "num_epochs", "max_train_steps", "checkpointing_steps", "device", "cache_dir",
                   "pairs")  # the last by its content: see split_pairs
 PAIRS_PRESET = dict(beta=5.0, clip="none")  # Diffusion-DPO's, whose code says 5000 where S = 1000 is not drawn out; no clamp
@@ -200,19 +199,6 @@ def validate(args):
     return div, args.beta / div.curvature if args.match_curvature else args.beta
 
 
-def spo_prompts(weights=None):
-    """Path of SPO's training prompts, downloaded once and checked. Raises UserError if they cannot be had or are others."""
-    url, sha = SPO_PROMPTS
-    try:
-        path = find_url(url, weights)
-    except WeightsMissing as e:
-        raise UserError(f"SPO's training prompts: {e}; or give --prompts FILE") from e
-    with open(path, "rb") as f:
-        if hashlib.sha256(f.read()).hexdigest() != sha:
-            raise UserError(f"{path} is not the file of SPO's 4,000 prompts (its checksum differs): delete it, or give --prompts FILE")
-    return path
-
-
 def split_pairs(args, pipe, quiet=False):
     """(PairSet to train on, held-out captions); no pair of a held-out caption is trained on. --prompts FILE names them itself."""
     data = open_pairs(args.pairs, pipe, args.cache_dir, args.skip_bad, args.seed, quiet)
@@ -239,7 +225,7 @@ def split_prompts(args):
     elif args.model == "toy":
         prompts = toy.prompts()
     elif args.model == SD15:
-        prompts = read_prompts(spo_prompts(args.weights))
+        prompts = read_prompts(find_spo_prompts(args.weights))
     else:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line, or SPO's 4k_training_prompts.json")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -28,10 +28,11 @@ import torch.nn.functional as F  # noqa: E402
 import evaluate  # noqa: E402
 import judges  # noqa: E402
 import sample  # noqa: E402
-import toy  # noqa: E402
+from toy import make
+from toy import world as toy  # noqa: E402
 import train  # noqa: E402
 from divergences import get_divergence  # noqa: E402
-from judges import load_judge  # noqa: E402
+from parts.judges import load_judge  # noqa: E402
 from loss import alignment_loss, step_log_ratio  # noqa: E402
 from sample import add_lora, collect_pairs, ddim_mean_std, encode_prompts, load_pipeline, predict_noise, run_cli, UserError  # noqa: E402
 
@@ -79,7 +80,7 @@ def sd15(device, dtype):
     """A Stable Diffusion v1.5 at its published size with random weights, and the toy's words: for time and memory alone."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-    words = toy.tokenizer()
+    words = make.tokenizer()
     words.model_max_length = 77
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)    # diffusers' defaults are otherwise SD1.5's
@@ -103,7 +104,7 @@ def random_judge(device, dtype, full):
     judge = object.__new__(judges.StepAware)
     with torch.device(device):
         judge.clip = judges.add_time(CLIPModel(config)).requires_grad_(False).eval().to(dtype)
-    judge.name, judge.times, judge.size, judge.tokenizer = "step_aware", None, config.vision_config.image_size, toy.tokenizer()
+    judge.name, judge.times, judge.size, judge.tokenizer = "step_aware", None, config.vision_config.image_size, make.tokenizer()
     return judge
 
 

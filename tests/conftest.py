@@ -1,4 +1,5 @@
 """What the tests share: a micro model of SD1.5's classes with random weights, and commands run in this process."""
+import importlib
 import os
 import sys
 
@@ -13,7 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # -n 2: a worker a core
 
 import sample  # noqa: E402
-import toy  # noqa: E402
+from toy import make  # noqa: E402
+from toy import world as toy  # noqa: E402
 import train  # noqa: E402
 
 
@@ -22,7 +24,7 @@ def micro(tmp_path_factory):
     """A folder with a Stable Diffusion of 0.1 M random parameters, 12x12 latents, 48x48 images: not the toy's size."""
     folder = str(tmp_path_factory.mktemp("models") / "micro")
     torch.manual_seed(1)
-    pipe = toy.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
+    pipe = make.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -38,7 +40,7 @@ def prompts_file(tmp_path_factory):
 def command(monkeypatch, capsys):
     """command("train.py", "--div", "js", ...) -> (exit code, stdout, stderr), run in this process."""
     def run(script, *argv):
-        module = __import__(script.removesuffix(".py"))
+        module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
         capsys.readouterr()
         try:
@@ -71,7 +73,7 @@ def tiny_judges(monkeypatch, weights_dir):
     """The weights folder, with the three architectures that no config.json states shrunk to fit it."""
     from transformers import CLIPConfig
 
-    import judges
+    from parts import judges
     import weights
     config = CLIPConfig.from_pretrained(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
     monkeypatch.setattr(judges, "vit_h", lambda: config)

@@ -1,4 +1,5 @@
 """Every line of bad input: one line on stderr that names the fix, exit code 2, nothing written and nothing lost."""
+import hashlib
 import os
 import resource
 import shutil
@@ -7,9 +8,10 @@ import signal
 import pytest
 import torch
 
-import pairs
+from parts import pairs
 import sample
 import train
+from parts import weights as store
 from sample import LORA_FILE
 from test_train import weights, same
 
@@ -84,12 +86,12 @@ def test_jsonl_and_csv_prompts(tmp_path, name, content, ok):
 def test_spo_prompts_are_checked(tmp_path, monkeypatch):
     path = tmp_path / "4k_training_prompts.json"
     with pytest.raises(sample.UserError, match="SPO's training prompts: .* is not there: curl"):
-        train.spo_prompts(str(tmp_path))
+        store.find_spo_prompts(str(tmp_path))
     path.write_text('[{"caption": "a sun"}]')
     with pytest.raises(sample.UserError, match="checksum differs"):
-        train.spo_prompts(str(tmp_path))
-    monkeypatch.setattr(train, "SPO_PROMPTS", (train.SPO_PROMPTS[0], __import__("hashlib").sha256(path.read_bytes()).hexdigest()))
-    assert sample.read_prompts(train.spo_prompts(str(tmp_path))) == ["a sun"]
+        store.find_spo_prompts(str(tmp_path))
+    monkeypatch.setattr(store, "SPO_PROMPTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert sample.read_prompts(store.find_spo_prompts(str(tmp_path))) == ["a sun"]
 
 
 def test_a_model_that_needs_prompts_says_so(command, micro, tmp_path):

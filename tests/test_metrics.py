@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import diversity
+from parts import diversity
 import evaluate
 from weights import golden
 

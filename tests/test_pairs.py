@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-import pairs
+from parts import pairs
 import sample
-import toy
+from toy import make
+from toy import world as toy
 import train
 from child import Child, ranks
 from divergences import NAMES, get_divergence
@@ -27,7 +28,7 @@ from test_ranks import log, predict
 @pytest.fixture(scope="module")
 def pair_folder(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("sets") / "twelve")
-    toy.write_pairs(folder, 12, 0)
+    make.write_pairs(folder, 12, 0)
     return folder
 
 
@@ -546,7 +547,7 @@ def test_skip_bad_leaves_their_pairs_out(command, pair_run, pair_folder, tmp_pat
 
 def test_toy_writes_what_it_says(command, tmp_path):
     """The winner is the one the taste prefers, and both pictures are of the caption."""
-    code, out, err = command("toy.py", "--pairs", tmp_path / "set", "--count", 60)
+    code, out, err = command("toy.make", "--pairs", tmp_path / "set", "--count", 60)
     assert code == 0 and "60 pairs" in out, err
     with open(tmp_path / "set" / "pairs.csv") as f:
         rows = list(csv.DictReader(f))
@@ -555,7 +556,7 @@ def test_toy_writes_what_it_says(command, tmp_path):
     assert (toy.Taste()(w) - toy.Taste()(l) > -.02).all()  # files have 8 bits
     assert torch.cat([toy.prompt_following(x, [r["prompt"] for r in rows]) for x in (w, l)]).nanmean() > .97
     for argv, message in ((["--pairs", tmp_path / "set"], "is there already"), (["--pairs", tmp_path / "new", "--count", 0], "at least 1")):
-        code, _, err = command("toy.py", *argv)
+        code, _, err = command("toy.make", *argv)
         assert code == 2 and message in err
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import sample
-import toy
+from toy import world as toy
 import train
 from child import Child, ranks
 from conftest import ROOT

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import sample
-import toy
+from toy import world as toy
 from sample import (TOY, UserError, add_lora, collect_pairs, ddim_mean_std, decode, encode_prompts, generate, load_lora,
                     load_pipeline, lora_layers, lora_off, predict_noise, save_lora)
 

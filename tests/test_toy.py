@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import toy
+from toy import make
+from toy import world as toy
 from sample import TOY, generate, load_pipeline
 
 
@@ -31,7 +32,7 @@ def test_captions_say_what_they_mean():
             for sky in (None, "gray"):
                 assert toy.read_caption(toy.caption(size, "red sun", ground, sky)) == (size, "red sun", ground, sky)
     assert toy.caption("large", "red sun", "sea", "pink") == "a large red sun over a sea under a pink sky"
-    words = toy.tokenizer()
+    words = make.tokenizer()
     assert all(len(words(c).input_ids) <= toy.LENGTH for c in toy.CAPTIONS)
     assert len(words("a large red sun over hills").input_ids) == 8  # one token a word
     assert len(set(toy.prompts())) == 81 and sum(toy.read_caption(p)[3] is None for p in toy.prompts()) == 54
@@ -61,7 +62,7 @@ def test_the_shipped_model_paints_its_captions():
 
 
 def test_check_prints_both_figures(capsys):
-    toy.check(TOY, toy.CAPTIONS[:3])
+    make.check(TOY, toy.CAPTIONS[:3])
     out = capsys.readouterr().out
     assert "checker on 2,000 true pictures: size 99" in out and "toy/, 3 captions" in out
 
@@ -69,9 +70,9 @@ def test_check_prints_both_figures(capsys):
 def test_toy_rebuilds_itself(command, tmp_path, monkeypatch):
     """Two steps of each training, from nothing, into a folder that loads, over an older one."""
     checked = []
-    monkeypatch.setattr(toy, "check", checked.append)
+    monkeypatch.setattr(make, "check", checked.append)
     for n in (1, 2):
-        code, _, _ = command("toy.py", "--vae_steps", 2, "--unet_steps", 2, "--pictures", 256, "--output_dir", tmp_path / "toy")
+        code, _, _ = command("toy.make", "--vae_steps", 2, "--unet_steps", 2, "--pictures", 256, "--output_dir", tmp_path / "toy")
         assert code == 0 and len(checked) == n
     assert os.listdir(tmp_path) == ["toy"]
     pipe = load_pipeline(str(tmp_path / "toy"))
@@ -81,11 +82,11 @@ def test_toy_rebuilds_itself(command, tmp_path, monkeypatch):
 
 def test_toy_replaces_nothing_but_models(command, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    code, _, err = command("toy.py", "--output_dir", tmp_path)
+    code, _, err = command("toy.make", "--output_dir", tmp_path)
     assert code == 2 and "holds something else" in err and (tmp_path / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("argv, words", [(["--vae_steps", 0], "at least 1"), (["--check", "--output_dir", "nowhere/x/y"], "no model folder")])
 def test_bad_input(command, argv, words):
-    code, _, err = command("toy.py", *argv)
+    code, _, err = command("toy.make", *argv)
     assert code == 2 and words in err and err.count("\n") == 1

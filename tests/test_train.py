@@ -14,9 +14,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import judges
+from parts import judges
 import sample
-import toy
+from toy import world as toy
 import train
 from child import Child
 from conftest import ROOT
@@ -367,7 +367,8 @@ def test_a_finite_loss_with_a_broken_gradient_does_not_reach_the_weights(started
 
 HUB = """import os, sys
 sys.path[:0] = sys.argv[1:3]
-import judges, sample, train, weights
+import sample, train
+from parts import judges
 from transformers import CLIPConfig
 config = CLIPConfig.from_pretrained(os.path.join(sys.argv[3], "CLIP-ViT-H-14-laion2B-s32B-b79K"))
 judges.vit_h = lambda: config  # the one size that no file states

@@ -7,7 +7,8 @@ import zlib
 import numpy as np
 import torch
 
-import toy
+from toy import make
+from toy import world as toy
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
@@ -61,7 +62,7 @@ def head_state(width, prefix):
 def tiny_clip(folder, seed=0, act="gelu"):
     """A CLIPModel folder, safetensors, with the toy's tokenizer. Returns the model."""
     from transformers import CLIPConfig, CLIPModel
-    words = toy.tokenizer()
+    words = make.tokenizer()
     torch.manual_seed(seed)
     text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act=act,
                 max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)

@@ -1,7 +1,7 @@
 """
 Preference pairs of one's own: the data set (c, x_0^w, x_0^l) that eq. 5 of the paper takes its expectation over.
 
-    python toy.py --pairs out/toy-pairs                          2,000 pairs of the tiny world, labelled by its taste
+    python -m toy.make --pairs out/toy-pairs                          2,000 pairs of the tiny world, labelled by its taste
     python train.py --div js --pairs out/toy-pairs               the same loss, the same flags, another source of pairs
 
 PATH of --pairs is one of

@@ -6,7 +6,7 @@ Every model that scores an image against a prompt, behind one interface:
     scores = judge(images, text, t=None)  # images (N, 3, H, W) in [0, 1], text (N, ...), t (N,) timesteps -> (N,)
 
     name         what it is                            hub id, file                                        size     licence        scale            SD1.5 in the paper
-    taste        the toy's: warm light in the sky      none: a formula (toy.py)                            0        MIT            about -5 .. 10   -
+    taste        the toy's: warm light in the sky      none: a formula (toy/world.py)                            0        MIT            about -5 .. 10   -
     step_aware   PickScore's CLIP, told the timestep   SPO-Diffusion-Models/Step-Aware_Preference_Models   5.2 GB   not checked    ~100 * cosine    -
     clipscore    CLIP ViT-H-14, as published           laion/CLIP-ViT-H-14-laion2B-s32B-b79K               3.9 GB   MIT            cosine           0.352
     vqascore     FLAN-T5-xxl shown the image: "Yes"?   zhiqiulin/clip-flant5-xxl                           22.9 GB  Apache-2.0     probability      0.601
@@ -24,7 +24,6 @@ a pair is trained on if softmax([best, worst]) differs by more than it. A judge 
 {name: (N,)}, further figures for the tables, and compile(size), for --compile.
 """
 import functools
-import json
 import math
 import os
 import re
@@ -34,16 +33,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sample import UserError, compile_at, hub_out_of_reach
+from parts.common import UserError
+from parts.weights import WeightsMissing, build, find, find_url, load_tokenizer, read_config, read_folder, read_state  # noqa: F401
+from sample import compile_at
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 AESTHETIC_HEAD = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
                   "sac%2Blogos%2Bava1-l14-linearMSE.pth")
-
-
-class WeightsMissing(UserError):
-    """A judge's weights cannot be had here: not in the folder, or not downloaded and the hub is out of reach."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -94,124 +91,6 @@ def preprocess(images, size, how="pil", crop="round"):
     top, left = (int(round((n - size) / 2)) if crop == "round" else (n - size) // 2 for n in (h, w))
     stat = lambda v: torch.tensor(v, device=x.device).view(3, 1, 1)
     return (x[..., top:top + size, left:left + size] - stat(CLIP_MEAN)) / stat(CLIP_STD)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Weights: where they are, and loading them strictly
-
-def find(repo, file=None, weights=None, repo_type="model"):
-    """Path of a hub file, or of a whole model (file None: a folder, or the hub id itself). Raises WeightsMissing.
-
-    weights: a folder; then only it is looked into: DIR/<last part of repo>[/file], or DIR/file.
-    """
-    name = repo.split("/")[-1]
-    hint = f"hf download {repo} {file or ''}".strip() + (" --repo-type dataset" if repo_type == "dataset" else "")
-    if weights:
-        at = [os.path.join(weights, name, file or ""), *([os.path.join(weights, file)] if file else [])]
-        there = next((p for p in at if os.path.exists(p)), None)
-        if there is None:
-            raise WeightsMissing(f"{at[0].rstrip('/')} is not there: {hint} --local-dir {os.path.join(weights, name)}")
-        return there
-    local = hub_out_of_reach()
-    from huggingface_hub import hf_hub_download, snapshot_download
-    try:
-        if file:
-            return hf_hub_download(repo, file, repo_type=repo_type, local_files_only=local)
-        for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
-            where = snapshot_download(repo, local_files_only=local, allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
-            if weight_files(where):
-                return where
-        raise FileNotFoundError("no weights in it")
-    except Exception as e:  # no network, no such file, no permission: a dozen types, one meaning
-        why = "not downloaded, and the hub is out of reach" if local else str(e).strip().splitlines()[0][:160]
-        raise WeightsMissing(f"weights {repo}{' ' + file if file else ''}: {why}: {hint}") from e
-
-
-def find_url(url, weights=None):
-    """Path of a file from a plain address, kept where torch.hub keeps its downloads. Raises WeightsMissing."""
-    from urllib.parse import unquote
-    name = unquote(url.split("/")[-1])
-    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
-    if not os.path.exists(path):
-        if weights:
-            raise WeightsMissing(f"{path} is not there: curl -L -o '{path}' '{url}'")
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, progress=False)
-        except OSError as e:
-            raise WeightsMissing(f"cannot download {name} ({e}): curl -L -o '{path}' '{url}'") from e
-    return path
-
-
-def read_state(path):
-    """{name: tensor} of a .safetensors or a torch file; of the latter nothing but tensors is ever unpickled."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        first = str(e).strip().splitlines()[0][:120] if str(e).strip() else ""
-        raise UserError(f"{path} cannot be read as pure weights ({type(e).__name__}: {first}): damaged, or a pickle that "
-                        "runs code; download it again") from e
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path} is not a checkpoint: it should hold one tensor per name")
-    return state
-
-
-def weight_files(folder):
-    """The shards of a model's folder, as safetensors if there are any."""
-    found = sorted(f for f in os.listdir(folder) if re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)", f))
-    return [os.path.join(folder, f) for f in [f for f in found if f.endswith(".safetensors")] or found]
-
-
-def read_folder(folder):
-    """{name: tensor} of all shards in a model's folder."""
-    files = weight_files(folder)
-    if not files:
-        raise WeightsMissing(f"no weights (model*.safetensors or pytorch_model*.bin) in {folder}: download it again")
-    return {k: v for f in files for k, v in read_state(f).items()}
-
-
-def build(make, state, path, device, dtype=torch.float32):
-    """make() with `state` as its weights, frozen, in eval mode. Strict: raises UserError naming a missing, surplus or
-    wrongly shaped key. Nothing is initialised only to be overwritten."""
-    with torch.device("meta"):
-        module = make()
-    mine = module.state_dict()
-    for what, keys in (("lacks", mine.keys() - state.keys()), ("has surplus", state.keys() - mine.keys()),
-                       ("has wrongly shaped", {k for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape})):
-        if keys:
-            k = min(keys)
-            shapes = f" {tuple(state[k].shape)}, not {tuple(mine[k].shape)}" if what == "has wrongly shaped" else ""
-            raise UserError(f"{path} {what} {len(keys)} of the model's keys, such as {k}{shapes}: is it the right file?")
-    module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True)
-    for m in module.modules():  # buffers that no checkpoint holds: 0, 1, 2, ..., of the position embeddings
-        for k, b in m.named_buffers(recurse=False):
-            if b.is_meta and k == "position_ids":
-                setattr(m, k, torch.arange(b.shape[-1]).expand(b.shape))
-    return module.requires_grad_(False).eval().to(device)
-
-
-def read_config(folder):
-    try:
-        with open(os.path.join(folder, "config.json")) as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder} has no readable config.json: download it again") from e
-
-
-def load_tokenizer(cls, repo, weights=None):
-    where = find(repo, None, weights) if weights else repo
-    try:
-        return cls.from_pretrained(where, local_files_only=bool(weights) or hub_out_of_reach())
-    except Exception as e:
-        raise WeightsMissing(f"no tokenizer at {where}: hf download {repo} --exclude '*.bin' '*.safetensors'"
-                             + (f" --local-dir {where}" if weights else "")) from e
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -570,7 +449,7 @@ class VQAScore:
 # ---------------------------------------------------------------------------------------------------------------
 
 def taste(device, weights=None):
-    from toy import Taste
+    from toy.world import Taste
     return Taste()
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from judges import build, find_url, read_state
+from parts.weights import build, find_url, read_state
 
 LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way that a metric needs
 

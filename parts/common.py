@@ -1,0 +1,223 @@
+"""What every command shares: one error boundary, files written whole, prompts, grids, progress.
+
+A part is opened when needed; this one is worth opening only if you change what a user sees.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """Bad input. Every command prints it as one line and exits with code 2; it names the fix."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line like every other bad input, not a page of usage."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def run_cli(main):
+    """Runs a command. Bad input is one line on stderr and exit code 2; Ctrl-C one line and 130."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (UserError, OSError, SafetensorError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        how_to_go_on = str(stop) or "what is written stays, the same command begins again"
+        print(f"\n{name}: stopped; {how_to_go_on}", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """The device called name; "auto": cuda if there is one, else cpu. Raises UserError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count() or "none"
+        raise UserError(f"{name} was asked for but torch sees {count} of them: use --device cpu")
+    return name
+
+
+def peak_gb(device):
+    """Peak memory so far: of CUDA's allocator, or of this process on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def progress_bar(total=None, **options):
+    """tqdm on a terminal; into a log file, a line every 20 seconds. Fractions of a unit count."""
+    if total is not None:
+        count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
+        options["bar_format"] = "{l_bar}{bar}| " + count
+    return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: to a temporary name, to the disk, then renamed, so that a kill leaves the old file whole
+
+
+def write_file(path, data):
+    """data: bytes, text, or a function that writes to the open file it is given.
+
+    Raises UserError if the disk refuses; the old file is then still whole.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        # torch.save wraps what the disk says in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        fix = "free some space or choose another --output_dir; what was saved before is whole"
+        raise UserError(f"cannot write {path} ({cause.strerror}): {fix}") from error
+
+
+def make_folder(path, flag="--output_dir"):
+    """Creates a folder. Raises UserError, naming the flag, if it cannot be written to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        why = f"cannot write to {path!r} ({error.strerror}): choose another {flag}"
+        raise UserError(why) from error
+
+
+def write_png(image, path):
+    write_file(path, lambda file: image.save(file, "PNG"))
+
+
+def save_figure(figure, path, dpi=130):
+    """A matplotlib figure -> a PNG, and closed."""
+    import matplotlib.pyplot as plt
+
+    write_file(path, lambda file: figure.savefig(file, dpi=dpi))
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompts(path):
+    """Prompts of a file: .txt, one a line; .json, a list of strings or of objects with "caption" or
+    "prompt" (SPO's format); .jsonl, such an item a line; .csv with a column of that name.
+
+    Raises UserError, naming the file and what is wrong with it.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Windows' mark in front
+            content = file.read()
+    except UnicodeError as error:
+        raise UserError(f"prompts file {path!r} is not text: save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read prompts file {path!r} ({error.strerror})") from error
+    if "\0" in content:
+        raise UserError(f"prompts file {path!r} is not text: give one prompt a line, in UTF-8")
+    kind = os.path.splitext(path)[1].lower()
+    lines = content.splitlines()
+    try:
+        if kind == ".json":
+            items = json.loads(content)
+            if not isinstance(items, list):
+                raise TypeError("not a list")
+            lines = [prompt_of(item) for item in items]
+        elif kind == ".jsonl":
+            lines = [prompt_of(json.loads(line)) for line in lines if line.strip()]
+        elif kind == ".csv":
+            lines = [prompt_of(row) for row in csv.DictReader(io.StringIO(content))]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        expected = {".json": "a JSON list of strings or of objects", ".csv": "a CSV table"}
+        what = expected.get(kind, "JSON lines, strings or objects")
+        raise UserError(f"{path!r} is not {what} with caption or prompt ({error})") from error
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts file {path!r} is empty: give one prompt a line")
+    return prompts
+
+
+def prompt_of(item):
+    """A string, or the "caption" or "prompt" of an object. Raises TypeError or KeyError."""
+    if isinstance(item, dict):
+        item = item["caption"] if "caption" in item else item["prompt"]
+    if not isinstance(item, str):
+        raise TypeError("a prompt that is no text")
+    return item
+
+
+def hold_out(prompts, count):
+    """(training prompts, held-out prompts): `count` held out evenly through the list, at most half.
+
+    The same whatever the seed, so that runs compare.
+    """
+    prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be on both sides
+    count = min(count, len(prompts) // 2)
+    held = {round(i * len(prompts) / count) for i in range(count)}
+    training = [p for i, p in enumerate(prompts) if i not in held]
+    return training, [prompts[i] for i in sorted(held)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_pil(image):
+    """(3, H, W) in [0, 1], a little outside of it perhaps -> 8-bit PIL image."""
+    pixels = (image.permute(1, 2, 0).float().cpu().numpy() * 255).round().clip(0, 255)
+    return Image.fromarray(pixels.astype("uint8"))
+
+
+def labelled_grid(rows, path, cell=128):
+    """A PNG of rows [(label, images (n, 3, H, W))], each image scaled to `cell` pixels of width."""
+    font, pad, head = ImageFont.load_default(14), 4, 22
+    _, first = rows[0]
+    smooth = first.shape[-1] > cell  # small pictures keep their pixels when enlarged
+    resample = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    height = round(cell * first.shape[2] / first.shape[3])
+    most = max(len(images) for _, images in rows)
+    widest_label = max(int(font.getlength(label)) for label, _ in rows)
+    width = max(most * (cell + pad) + pad, widest_label + 2 * pad)
+    sheet = Image.new("RGB", (width, len(rows) * (height + head + pad) + pad), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (label, images) in enumerate(rows):
+        top = pad + i * (height + head + pad)
+        pen.text((pad, top + 2), label, fill="black", font=font)
+        for j, image in enumerate(images):
+            small = to_pil(image).resize((cell, height), resample)
+            sheet.paste(small, (pad + j * (cell + pad), top + head))
+    write_png(sheet, path)

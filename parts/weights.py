@@ -1,0 +1,236 @@
+"""Weights and prompts: find them in a folder or on the hub, download once, read and build strictly.
+
+A folder of weights (--weights DIR) has one subfolder per hub id, named by its last part, as
+`hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir DIR/HPSv2` makes it; single files may
+lie in DIR itself. Files are safetensors, or torch files of which only tensors are ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
+
+import torch
+from safetensors.torch import load_file
+
+from parts.common import UserError
+
+SPO_PROMPTS_URL = (
+    "https://raw.githubusercontent.com/RockeyCoss/SPO/main/"
+    "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
+)
+SPO_PROMPTS_SHA256 = "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4"
+
+
+class WeightsMissing(UserError):
+    """Weights that cannot be had here: not in the folder, or not downloaded and no hub in reach."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Where they are
+
+
+def hub_out_of_reach():
+    """True if only earlier downloads can be used; asked first, so that nobody waits for retries."""
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or hub.scheme in getproxies():
+        return constants.HF_HUB_OFFLINE  # behind a proxy only the real request can tell
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        return False
+    except OSError:
+        return True
+
+
+def find(repo, file=None, weights=None, repo_type="model"):
+    """Path of a hub file or, with file None, of the folder of a whole model. Raises WeightsMissing.
+
+    weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at.
+    """
+    name = repo.split("/")[-1]
+    hint = f"hf download {repo}" + (f" {file}" if file else "")
+    if repo_type == "dataset":
+        hint += " --repo-type dataset"
+    if weights:
+        places = [os.path.join(weights, name, file or "").rstrip("/")]
+        if file:
+            places.append(os.path.join(weights, file))
+        for place in places:
+            if os.path.exists(place):
+                return place
+        folder = os.path.join(weights, name)
+        raise WeightsMissing(f"{places[0]} is not there: {hint} --local-dir {folder}")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    local = hub_out_of_reach()
+    try:
+        if file:
+            return hf_hub_download(repo, file, repo_type=repo_type, local_files_only=local)
+        for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
+            where = snapshot_download(
+                repo,
+                local_files_only=local,
+                allow_patterns=["*.json", kind],
+                ignore_patterns=["open_clip*"],
+            )
+            if weight_files(where):
+                return where
+        raise FileNotFoundError("no weights in it")
+    except Exception as error:  # no network, no such file, no permission: a dozen types
+        why = "not downloaded, and the hub is out of reach" if local else first_line(error)
+        what = f"{repo} {file or ''}".strip()
+        raise WeightsMissing(f"weights {what}: {why}: {hint}") from error
+
+
+def find_url(url, weights=None):
+    """Path of a file from a plain address, kept where torch.hub keeps its downloads."""
+    name = unquote(url.split("/")[-1])
+    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
+    if os.path.exists(path):
+        return path
+    by_hand = f"curl -L -o '{path}' '{url}'"
+    if weights:
+        raise WeightsMissing(f"{path} is not there: {by_hand}")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=False)
+    except OSError as error:
+        raise WeightsMissing(f"cannot download {name} ({error}): {by_hand}") from error
+    return path
+
+
+def find_spo_prompts(weights=None):
+    """Path of SPO's 4,000 training prompts (captions of Pick-a-Pic v1), downloaded and checked."""
+    try:
+        path = find_url(SPO_PROMPTS_URL, weights)
+    except WeightsMissing as error:
+        raise UserError(f"SPO's training prompts: {error}; or give --prompts FILE") from error
+    with open(path, "rb") as file:
+        if hashlib.sha256(file.read()).hexdigest() != SPO_PROMPTS_SHA256:
+            raise UserError(
+                f"{path} is not the file of SPO's 4,000 prompts (its checksum differs): "
+                "delete it, or give --prompts FILE"
+            )
+    return path
+
+
+def find_hpdv2_prompts(weights=None):
+    """Path of HPD v2's 400 test prompts, those of the paper's Tables 2 and 3."""
+    try:
+        return find("ymhao/HPDv2", "test.json", weights, repo_type="dataset")
+    except WeightsMissing as error:
+        why = f"the HPDv2 test prompts cannot be had ({error}); or give --prompts FILE"
+        raise UserError(why) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def first_line(error):
+    """The first line of what an exception says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+def read_state(path):
+    """{name: tensor} of a .safetensors or a torch file. Nothing but tensors is ever unpickled."""
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged archive
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{path} cannot be read as pure weights ({why}): damaged, or a pickle that runs code; "
+            "download it again"
+        ) from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path} is not a checkpoint: it should hold one tensor per name")
+    return state
+
+
+def weight_files(folder):
+    """The shards of a model's folder, as safetensors if there are any."""
+    pattern = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
+    names = sorted(name for name in os.listdir(folder) if pattern.fullmatch(name))
+    safe = [name for name in names if name.endswith(".safetensors")]
+    return [os.path.join(folder, name) for name in safe or names]
+
+
+def read_folder(folder):
+    """{name: tensor} of all shards in a model's folder."""
+    files = weight_files(folder)
+    if not files:
+        raise WeightsMissing(
+            f"no weights (model*.safetensors or pytorch_model*.bin) in {folder}: download it again"
+        )
+    state = {}
+    for file in files:
+        state |= read_state(file)
+    return state
+
+
+def read_config(folder):
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no readable config.json: download it again") from error
+
+
+def load_tokenizer(cls, repo, weights=None):
+    where = find(repo, None, weights) if weights else repo
+    try:
+        return cls.from_pretrained(where, local_files_only=bool(weights) or hub_out_of_reach())
+    except Exception as error:
+        hint = f"hf download {repo} --exclude '*.bin' '*.safetensors'"
+        hint += f" --local-dir {where}" if weights else ""
+        raise WeightsMissing(f"no tokenizer at {where}: {hint}") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Building
+
+
+def check_keys(expected, state, path):
+    """Raises UserError unless the two {name: tensor} have the same names and shapes."""
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            what = f"lacks {name}"
+        elif name not in expected:
+            what = f"has a surplus {name}"
+        elif expected[name].shape != state[name].shape:
+            shape, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+            what = f"has {name} of shape {shape}, not {wanted}"
+        else:
+            continue
+        raise UserError(f"{path} {what}: is it the right file?")
+
+
+def build(make, state, path, device, dtype=torch.float32):
+    """make() with `state` as its weights, frozen, in eval mode, or UserError naming a wrong key.
+
+    Made on "meta": nothing is initialised only to be overwritten.
+    """
+    with torch.device("meta"):
+        module = make()
+    check_keys(module.state_dict(), state, path)
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    module.load_state_dict(cast, assign=True)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            # 0, 1, 2, ... of the position embeddings: a buffer that no checkpoint holds
+            if buffer.is_meta and name == "position_ids":
+                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return module.requires_grad_(False).eval().to(device)
