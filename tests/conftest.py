@@ -13,10 +13,9 @@ import torch  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # -n 2: a worker a core
 
-import sample  # noqa: E402
+from parts import common  # noqa: E402
 from toy import make  # noqa: E402
 from toy import world as toy  # noqa: E402
-import train  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +43,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
         capsys.readouterr()
         try:
-            sample.run_cli(module.main)
+            common.run_cli(module.main)
             code = 0
         except SystemExit as e:
             code = e.code

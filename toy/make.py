@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from parts.common import Parser, UserError, make_folder, progress_bar, run_cli, to_pil
-from sample import TOY, generate, load_pipeline
+from parts.model import load_pipeline
+from parts.weights import TOY
+from sample import generate
 from toy.world import CAPTIONS, LENGTH, SIZE, Taste, caption, draw, prompt_following, read_picture
 
 
