@@ -206,7 +206,7 @@ def to_record(row, where, folder):
         caption.encode()  # half a surrogate pair, which JSON can hold, is no text
         images = []
         for cell in (cells["winner"], cells["loser"]):
-            is_name = isinstance(cell, str)
+            is_name = isinstance(cell, str) and cell.strip()
             images.append((cell, folder / cell.strip()) if is_name else (where, cell))
         label = cells.get("label", "")
         label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
