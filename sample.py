@@ -116,6 +116,12 @@ class Pairs:
     alphas_cumprod: torch.Tensor  # (T,)
     num_steps: int
     eta: float
+    order: torch.Tensor = None  # (M,), in which they are trained on
+
+    @property
+    def size(self):
+        """How many prompts the rollout saw."""
+        return len(self.text)
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: one step's log X, loss.step_log_ratios.

@@ -186,6 +186,9 @@ def hold_out(prompts, count):
     The same whatever the seed, so that runs compare.
     """
     prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be on both sides
+    if len(prompts) == 1:
+        print("one prompt: none is held out, the table at the end is about the training prompt")
+        return prompts, prompts
     count = min(count, len(prompts) // 2)
     held = {round(i * len(prompts) / count) for i in range(count)}
     training = [p for i, p in enumerate(prompts) if i not in held]
