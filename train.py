@@ -156,7 +156,10 @@ def train(args, policy, source, div, beta, run, world, show):
             record = run_folder.means(stats) | dict(pairs=len(group), lr=opt.param_groups[0]["lr"])
             record["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             run.log("step", **record, seconds=time.time() - start)
-            bar.set_postfix_str(f"step {run.step}, accuracy {record['accuracy']:.2f}")
+            bar.set_postfix_str(
+                f"step {run.step}, accuracy {record['accuracy']:.2f}", refresh=False
+            )
+            bar.update(0)
             if run.step >= last_step:
                 # the weights are written; the state stays where the chunk began, to be replayed
                 run.export(policy)
@@ -223,7 +226,7 @@ class Rollouts:
         order = torch.randperm(len(pairs.t), generator=generator)
         pairs.order = world.gather(order)[0]  # rank 0's, for all
         judged = run.log_rollout(epoch, pairs, time.time() - start)
-        bar.set_description_str(judged)
+        bar.set_description_str(judged, refresh=False)
         return pairs
 
 
@@ -279,6 +282,7 @@ def set_up(args, device, world):
     if not args.pairs:
         path = find_training_prompts(args.model, args.prompts, args.weights)
         prompts, held_out = hold_out(read_prompts(path), args.num_eval_prompts)
+        print(f"{len(prompts)} prompts to train on, {len(held_out)} held out")
     precision = {"default": dtype, "unet": torch.float32} if args.full else dtype
     pipe = load_pipeline(args.model, device, precision)
     judge = None if args.judge == "none" else load_judge(args.judge, device, args.weights)

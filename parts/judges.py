@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from parts.common import UserError
 from parts.weights import WeightsMissing, build, find, find_url, load_tokenizer, read_config, read_folder, read_state  # noqa: F401
-from sample import compile_at
+from parts.fast import compile_at
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
