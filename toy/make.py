@@ -82,9 +82,7 @@ def parse_args():
     add("--unet_steps", type=int, default=7000, help="of 64 pictures (default: 7000)")
     add("--pictures", type=int, default=40960, help="for the UNet (default: 40960)")
     add("--seed", type=int, default=0)
-    add(
-        "--output_dir", default=TOY, help="a model there is replaced after training (default: toy/)"
-    )
+    add("--output_dir", default=TOY, help="replaced only after training (default: toy/)")
     args = parser.parse_args()
 
     for flag in ("count", "vae_steps", "unet_steps", "pictures"):
@@ -185,10 +183,10 @@ def tokenizer():
         # Byte-pair merges that spell the word from its front: w+h, wh+i, whi+t, whit+e</w>.
         for i in range(1, len(word)):
             end = "</w>" if i == len(word) - 1 else ""
-            pair = (word[:i], word[i] + end)
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append("".join(pair))
+            merge = (word[:i], word[i] + end)
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
