@@ -16,10 +16,7 @@ import torch.nn.functional as F
 SIZE = 32  # pixels
 
 # The words of a caption, and what each means to the painter and to the checker alike.
-RADII = {  # of the sun or moon in pixels, from and to
-    "small": (2.8, 3.5),
-    "large": (5.4, 6.4),
-}
+RADII = {"small": (2.8, 3.5), "large": (5.4, 6.4)}  # of the sun or moon in pixels, from and to
 LIGHTS = {  # colours are red, green, blue in [0, 1]
     "yellow sun": (1.0, 0.90, 0.22),
     "red sun": (0.90, 0.13, 0.10),
@@ -73,9 +70,10 @@ def first_named(vocabulary, text):
     return next((word for word in vocabulary if word in text), None)
 
 
-# All 3 x 3 x 6 x 7 = 378 of them.
-CHOICES = itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
-CAPTIONS = [write_caption(*choice) for choice in CHOICES]
+CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
+    write_caption(*words)
+    for words in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
+]
 
 
 # --------------------------------------------------------------------------------------------------
