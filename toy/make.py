@@ -107,15 +107,10 @@ def parse_args():
 
 def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_size=SIZE // 4):
     """An untrained StableDiffusionPipeline with SD1.5's noise schedule; the defaults are toy/'s."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(vae_channels,) * 3,
         layers_per_block=0,
         norm_num_groups=4,
@@ -139,7 +134,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         pad_token_id=words.pad_token_id,
     )
     text_encoder = CLIPTextModel(text_config)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=sample_size,
         block_out_channels=unet_channels,
         layers_per_block=1,
@@ -149,7 +144,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         cross_attention_dim=hidden,
         attention_head_dim=4,
     )
-    schedule = DDIMScheduler(
+    schedule = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -157,7 +152,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         set_alpha_to_one=False,
         clip_sample=False,
     )
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=words,
