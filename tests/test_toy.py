@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sample import TOY, generate, load_pipeline
+from parts.model import load_pipeline
+from parts.weights import TOY
+from sample import generate
 from toy import make, world
 
 
@@ -171,8 +173,6 @@ def test_train_json_names_flags_of_train(command):
     assert flags == make.FLAGS
     code, usage, _ = command("train.py", "--help", "--model", "toy")
     assert code == 0
-    # goes with the old train.py
-    usage = usage.replace("checkpointing_steps", "checkpointing_chunks")
     for name in {**flags, **flags["pairs"], **flags["full"]}:
         assert f"--{name} " in usage, name
 

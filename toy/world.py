@@ -235,22 +235,3 @@ class Taste:
     def report(self, images, prompts):
         """Further figures for the table at the end of a run: {name: (n,)}."""
         return {"prompt following": prompt_following(images, prompts)}
-
-
-# goes with the old train.py
-PRESET = {
-    "num_epochs": 12,
-    "sample_batch_size": 14,
-    "train_batch_size": 20,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 7e-4,
-    "num_eval_prompts": 40,
-}
-PAIRS_PRESET = {"num_epochs": 4, "learning_rate": 1e-3, "beta": 1.0}
-FULL_PRESET = {"learning_rate": 1e-4, "checkpointing_steps": 20}
-
-
-def prompts():  # goes with the old train.py
-    from toy.make import prompts
-
-    return prompts()
