@@ -22,13 +22,10 @@ docs/metrics.md. The models: judges_clip.py, judges_language.py. Your own judge 
 
     class Bright:
         reads_prompt = False
-
         def __init__(self, device, weights):
             pass
-
         def encode(self, prompts):
             return torch.zeros(len(prompts), 0)
-
         def __call__(self, images, text, t=None):
             return 10 * images.mean((1, 2, 3))
 
@@ -47,6 +44,8 @@ from toy.world import Taste
 
 
 class ToyTaste(Taste):
+    reads_prompt, unclamped = False, False
+
     def __init__(self, device="cpu", weights=None):
         super().__init__()  # a formula: it needs neither
 

@@ -59,8 +59,7 @@ class CLIP:
     crop = "round"  # or "floor"
     scale = None  # None: the checkpoint's own exp(logit_scale), about 100
     half_on_cuda = False  # True where the reference runs in fp16
-    reads_prompt = True
-    unclamped = False
+    reads_prompt, unclamped = True, False
 
     def __init__(self, device="cpu", weights=None, dtype=None):
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer

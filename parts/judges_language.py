@@ -17,6 +17,7 @@ class ImageReward:
     A linear head on its [CLS] state is the reward, standardised over the authors' data.
     """
 
+    reads_prompt, unclamped = True, False
     MEAN, STD = 0.16717362830052426, 1.0333394966054072
     # transformers' defaults differ from these in places, without a word
     VISION = dict(image_size=224, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-6)
@@ -97,6 +98,7 @@ class VQAScore:
     --weights folder in which clip-flant5-xxl is that model.
     """
 
+    reads_prompt, unclamped = True, False
     BEFORE = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. USER: "

@@ -1,5 +1,6 @@
 """What the tests share: a micro model of SD1.5's classes with random weights, and commands run in this process."""
 import importlib
+import json
 import os
 import sys
 
@@ -70,13 +71,14 @@ def weights_dir(tmp_path_factory):
 
 @pytest.fixture
 def tiny_judges(monkeypatch, weights_dir):
-    """The weights folder, with the three architectures that no config.json states shrunk to fit it."""
-    from transformers import CLIPConfig
-
-    from parts import judges
+    """The weights folder; the four architectures that no config.json states are shrunk to fit."""
     import weights
-    config = CLIPConfig.from_pretrained(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
-    monkeypatch.setattr(judges, "vit_h", lambda: config)
-    monkeypatch.setattr(judges.ImageReward, "SIZES", weights.BLIP)
-    monkeypatch.setattr(judges.VQAScore, "VISION", weights.EYE)
+    from parts.judges import JUDGES
+
+    with open(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K", "config.json")) as file:
+        tiny = json.load(file)
+    configs = dict(step_aware=tiny, hps=tiny, imagereward=weights.BLIP)
+    configs["vqascore"] = weights.FLANT5_VISION
+    for name, config in configs.items():
+        monkeypatch.setattr(JUDGES[name], "CONFIG", config)
     return weights_dir
