@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from parts.common import to_pil
+from parts.fast import compile_at
 from parts.weights import (
     build,
     find,
@@ -119,8 +120,6 @@ class CLIP:
 
     def compile(self, size):
         """torch.compile of the vision tower, for `size` images at a time."""
-        from sample import compile_at
-
         self.features = compile_at(self.features, size)
 
 
