@@ -290,7 +290,7 @@ def read_run(folder):
     try:
         args = json.loads(path.read_text("utf-8"))["args"]
         div = get_divergence(args["div"], args["alpha"])
-        scale = div.curvature if args["match_curvature"] else 1
+        beta = args["beta"] / (div.curvature if args["match_curvature"] else 1)
         path = Path(folder, "metrics.jsonl")
         entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         steps = [entry for entry in entries if entry["kind"] == "step"]
@@ -298,7 +298,7 @@ def read_run(folder):
         logs = torch.tensor(logs, dtype=torch.float64)
         if not steps or not logs.isfinite().all():
             raise ValueError("no optimiser step yet, or one that is not finite")
-        return folder, div, args["beta"] / scale, logs.exp().T
+        return folder, div, beta, logs.exp().T
     except (OSError, ValueError, TypeError, KeyError) as error:
         why = f"cannot use {path} ({type(error).__name__}: {error})"
         fix = "--runs takes folders that train.py wrote; its --resume mends a log that was cut"
@@ -320,10 +320,11 @@ def draw_runs(runs, folder):
         x = log_line(max(1 - reach, 0.001), 1 + reach, 101)
         loss = surface(x, x[:, None], div, beta)  # rows X_l, columns X_w
         ax = figure.add_subplot(n_rows, 2, len(figure.axes) + 1, aspect="equal")
-        ax.clabel(ax.contour(x, x, loss, levels=12))
+        ax.clabel(ax.contour(x, x, loss))
         ax.plot(*smooth, color="crimson", marker="o", markevery=[-1])
         title = rf"{Path(run).name}: {div.name}, $\beta$ = {beta:g}; the dot is the end"
         ax.set(title=title, xlabel="$X_w$", ylabel="$X_l$")
+        ax.locator_params(nbins=5)
         path_rows += rows_of(run, *path)
         surface_rows += rows_of(run, x, x[:, None], loss)
     save(folder, "runs", "run X_w X_l", path_rows, figure)
