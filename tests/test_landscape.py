@@ -231,12 +231,23 @@ def test_figure_2_has_two_sides_and_the_plane_of_the_gradient(drawn):
     for ax in drawn[2]["figure2"].axes:
         assert ax.azim == (125 if "behind" in ax.get_title() else -55)
         assert ax.get_zlim() == (0, 50)
+        assert ax.zz_dataLim.max[0] == 50  # nothing stands out above the plane
         for line in ax.lines:  # the plane's edge and the arrows
             assert set(line.get_data_3d()[2]) == {50}
         x1, x2, arrows = ax.lines[-1].get_data_3d()
         assert 0 <= np.nanmin([x1, x2]) and np.nanmax([x1, x2]) <= 3
         # Uphill is to fewer winners, X_1 down, and more losers, X_2 up: six points an arrow.
         assert (np.diff(x1)[::6] <= 0).all() and (np.diff(x2)[::6] >= 0).all()
+
+
+def test_theorem_4s_picture_shows_the_ratio_along_both_axes(drawn):
+    left, right = drawn[2]["theorem4"].axes
+    for by_r, by_x1 in zip(left.lines, right.lines, strict=True):
+        div = (DIVS | {"own": own()})[by_r.get_label()]
+        r, ratio = torch.tensor(np.stack(by_r.get_data()), **F64)
+        torch.testing.assert_close(ratio, gradient_ratio(torch.ones_like(r), r, div))
+        x1, ratio = torch.tensor(np.stack(by_x1.get_data()), **F64)
+        torch.testing.assert_close(ratio, gradient_ratio(x1, x1 / 2, div))
 
 
 def test_the_csvs_hold_what_loss_and_autograd_say(drawn):
@@ -278,12 +289,18 @@ def test_runs_in_numbers(drawn):
     for ax, (name, (div, beta)) in zip(figures["runs"].axes, expected.items(), strict=True):
         folder = str(out.parent / name)
         x_w, x_l = columns(paths[paths["run"] == folder], "X_w", "X_l")
-        torch.testing.assert_close(x_w.log(), 0.004 * torch.arange(12, **F64))
-        torch.testing.assert_close(x_l.log(), -0.002 * torch.arange(12, **F64))
+        steps = torch.arange(12, **F64)
+        close = {"rtol": 1e-12, "atol": 1e-15}  # float64, from the log to the CSV
+        torch.testing.assert_close(x_w, (0.004 * steps).exp(), **close)
+        torch.testing.assert_close(x_l, (-0.002 * steps).exp(), **close)
         around = columns(surfaces[surfaces["run"] == folder], "X_w", "X_l", "loss")
         torch.testing.assert_close(around[2], surface(*around[:2], div, beta))
         assert around[0].min() < 1 < around[0].max()
         assert ax.get_title().startswith(f"{name}: {div.name}, $\\beta$ = {beta:g};")
+        contours = ax.collections[0]
+        for level, path in zip(contours.levels, contours.get_paths(), strict=True):
+            w, l = torch.tensor(path.vertices.T, **F64)
+            assert ((surface(w, l, div, beta) - level).abs() < 1e-3).all()
         # The line is a mean of 9 steps, 5 at the ends, X_w to the right and X_l upwards.
         line_w, line_l = ax.lines[0].get_data()
         assert line_w[0] == pytest.approx(x_w[:5].mean().item())
