@@ -29,7 +29,9 @@ from parts.common import (
     to_pil,
     write_file,
 )
-from sample import TOY, generate, load_pipeline
+from parts.model import load_pipeline
+from parts.weights import TOY
+from sample import generate
 from toy import world
 from toy.world import CAPTIONS, SIZE, Taste, draw
 
