@@ -11,6 +11,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network, nor wait for one
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+with open(os.path.join(ROOT, "toy", "prompts.txt")) as prompts:
+    PROMPTS = prompts.read().splitlines()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # -n 2: a worker a core
@@ -52,10 +54,8 @@ def shake(policy, seed=0, scale=0.1):
 
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
-    with open(os.path.join(ROOT, "toy", "prompts.txt")) as file:
-        lines = file.read().splitlines()
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(lines[:8]) + "\n")
+    path.write_text("\n".join(PROMPTS[:8]) + "\n")
     return str(path)
 
 
@@ -83,28 +83,11 @@ def command(monkeypatch, capsys):
 def small_run(micro, prompts_file):
     """Flags of a training run of some seconds: 6 training prompts, 2 rollouts an epoch, and every
     x_t from the second step on gives a pair."""
-    flags = {
-        "model": micro,
-        "prompts": prompts_file,
-        "judge": "taste",
-        "num_epochs": 1,
-        "sample_batch_size": 3,
-        "num_children": 2,
-        "first_step": 1,
-        "threshold": 0,
-        "num_inference_steps": 4,
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "rank": 2,
-        "num_eval_prompts": 2,
-        "images_per_prompt": 2,
-        "device": "cpu",
-    }
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}", value]
-    return argv
+    flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--num_epochs", 1]
+    flags += ["--sample_batch_size", 3, "--num_children", 2, "--first_step", 1, "--threshold", 0]
+    flags += ["--num_inference_steps", 4, "--train_batch_size", 2]
+    flags += ["--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--rank", 2]
+    return flags + ["--num_eval_prompts", 2, "--images_per_prompt", 2, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +97,8 @@ def weights_dir(tmp_path_factory):
     return weights.weights_folder(str(tmp_path_factory.mktemp("weights")))
 
 
-@pytest.fixture
-def tiny_judges(monkeypatch, weights_dir):
-    """The weights folder; the four architectures that no config.json states are shrunk to fit."""
+def shrink_judges(set_attribute, weights_dir):
+    """The four architectures that no config.json states, shrunk to fit the weights folder."""
     import weights
 
     from parts.judges import JUDGES
@@ -126,12 +108,17 @@ def tiny_judges(monkeypatch, weights_dir):
     configs = dict(step_aware=tiny, hps=tiny, imagereward=weights.BLIP)
     configs["vqascore"] = weights.FLANT5_VISION
     for name, config in configs.items():
-        monkeypatch.setattr(JUDGES[name], "CONFIG", config)
+        set_attribute(JUDGES[name], "CONFIG", config)
+
+
+@pytest.fixture
+def tiny_judges(monkeypatch, weights_dir):
+    shrink_judges(monkeypatch.setattr, weights_dir)
     return weights_dir
 
 
 @pytest.fixture
-def full_disk():
+def small_files():
     """No file may grow beyond 5 kB: to the process, a disk that fills up while it writes."""
     import resource
     import signal

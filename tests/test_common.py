@@ -142,7 +142,7 @@ def write_tensors(file):
 
 
 @pytest.mark.parametrize("data", [write_tensors, b"x" * 10_000], ids=["state", "bytes"])
-def test_a_disk_that_fills_up_leaves_the_old_file_whole(full_disk, tmp_path, data):
+def test_a_disk_that_fills_up_leaves_the_old_file_whole(small_files, tmp_path, data):
     """torch.save says RuntimeError for what the disk says."""
     path = tmp_path / "state.pt"
     path.write_bytes(b"old")
