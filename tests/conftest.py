@@ -1,35 +1,55 @@
-"""What the tests share: a micro model of SD1.5's classes with random weights, and commands run in
-this process."""
+"""What the tests share: a micro model with random weights, and commands run in this process."""
 
 import importlib
 import json
 import os
 import sys
 
+import pytest
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network, nor wait for one
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+with open(os.path.join(ROOT, "toy", "prompts.txt")) as prompts:
+    PROMPTS = prompts.read().splitlines()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # -n 2: a worker a core
 
-from parts.common import read_prompts, run_cli  # noqa: E402
-from toy import make  # noqa: E402
-
-PROMPTS = read_prompts(os.path.join(ROOT, "toy", "prompts.txt"))
+# What imports modules of ours stands inside the fixtures: a module that is being rewritten then
+# fails its own tests and no others.
 
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """A folder with a Stable Diffusion of 0.1 M random parameters: 12x12 latents, 48x48 images."""
+    """A folder with a Stable Diffusion of SD1.5's classes, 0.1 M random parameters.
+
+    12 x 12 latents, 48 x 48 images: not the toy's size.
+    """
+    from toy import make
+
     folder = str(tmp_path_factory.mktemp("models") / "micro")
     torch.manual_seed(1)
-    sizes = dict(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
-    make.make_pipeline(**sizes).save_pretrained(folder, safe_serialization=True)
+    pipe = make.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
+    pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture
+def pipe(micro):
+    from parts.model import load_pipeline
+
+    return load_pipeline(micro)
+
+
+def shake(policy, seed=0, scale=0.1):
+    """Moves a policy off its reference, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    moving = policy.parameters if policy.full else [m.lora_B for m in policy.layers.values()]
+    for parameter in moving:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += (scale * noise).to(parameter)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +62,7 @@ def prompts_file(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("train.py", "--div", "js", ...) -> (exit code, stdout, stderr), in this process."""
+    from parts.common import run_cli
 
     def run(script, *argv):
         module = importlib.import_module(script.removesuffix(".py"))
@@ -60,8 +81,8 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def small_run(micro, prompts_file):
-    """Flags of a run of some seconds: 6 training prompts, 2 rollouts an epoch, every candidate a
-    valid pair."""
+    """Flags of a training run of some seconds: 6 training prompts, 2 rollouts an epoch, and every
+    x_t from the second step on gives a pair."""
     flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--num_epochs", 1]
     flags += ["--sample_batch_size", 3, "--num_children", 2, "--first_step", 1, "--threshold", 0]
     flags += ["--num_inference_steps", 4, "--train_batch_size", 2]
@@ -94,3 +115,17 @@ def shrink_judges(set_attribute, weights_dir):
 def tiny_judges(monkeypatch, weights_dir):
     shrink_judges(monkeypatch.setattr, weights_dir)
     return weights_dir
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 5 kB: to the process, a disk that fills up while it writes."""
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
