@@ -36,7 +36,6 @@ def own():
         df=lambda x: x.log() + 1 - 0.1 / x,
         d2f=lambda x: 1 / x + 0.1 / x**2,
         reward=lambda u: u - 0.1 * torch.expm1(-u),
-        curvature=1.1,
     )
 
 
