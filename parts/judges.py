@@ -44,8 +44,6 @@ from toy.world import Taste
 
 
 class ToyTaste(Taste):
-    reads_prompt, unclamped = False, False
-
     def __init__(self, device="cpu", weights=None):
         super().__init__()  # a formula: it needs neither
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from parts import judges
+from parts import judges, judges_clip
 import sample
 from toy import world as toy
 import train
@@ -368,10 +368,10 @@ def test_a_finite_loss_with_a_broken_gradient_does_not_reach_the_weights(started
 HUB = """import os, sys
 sys.path[:0] = sys.argv[1:3]
 import sample, train
+import json
 from parts import judges
-from transformers import CLIPConfig
-config = CLIPConfig.from_pretrained(os.path.join(sys.argv[3], "CLIP-ViT-H-14-laion2B-s32B-b79K"))
-judges.vit_h = lambda: config  # the one size that no file states
+with open(os.path.join(sys.argv[3], "CLIP-ViT-H-14-laion2B-s32B-b79K", "config.json")) as file:
+    judges.StepAware.CONFIG = json.load(file)  # the one size that no file states
 sys.argv = ["train.py", *sys.argv[4:]]
 sample.run_cli(train.main)
 """
@@ -391,8 +391,8 @@ def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path)
             for n in names:
                 shutil.copy(os.path.join(source, n), home / "snapshots" / ("a" * 40) / n)
     cached(sample.SD15, micro)
-    cached(judges.CLIP_H, os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
-    cached(judges.StepAware.REPO, os.path.join(weights_dir, "Step-Aware_Preference_Models"), [judges.StepAware.FILE])
+    cached(judges_clip.CLIP_H, os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    cached(judges.StepAware.repo, os.path.join(weights_dir, "Step-Aware_Preference_Models"), [judges.StepAware.file])
     prompts = tmp_path / "4k.json"
     prompts.write_text(json.dumps([{"caption": c, "trainset_idx": i} for i, c in enumerate(toy.prompts()[:8])]))
     flags = ["--model", sample.SD15, "--prompts", prompts, "--max_train_steps", 1, "--sample_batch_size", 3, "--num_children", 2, "--first_step", 1,
