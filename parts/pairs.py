@@ -1,7 +1,7 @@
 """Preference pairs of your own: the data set (c, x_0^w, x_0^l) of eq. 5, in the judge's place.
 
 pairs = open_pairs("out/toy-pairs", pipe, "out/latents")        # reads, and encodes what is new
-chunk = pairs.collect(seen, None, 40)                           # 20 optimiser steps of 40 pairs
+chunk = pairs.collect(run, 40)                                  # 20 optimiser steps of 40 pairs
 u_w, u_l = chunk.log_ratios(policy, chunk.order[:10])
 
 u is a finished image's log-ratio at one timestep (loss.noise_log_ratio, Diffusion-DPO's); the mean
@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from loss import noise_log_ratio
-from parts.common import UserError, make_folder, progress_bar
+from parts.common import UserError, hold_out, make_folder, progress_bar, read_prompts
 from parts.images import read_image
 from parts.model import encode_prompts, latent_shape, predict_noise
 from parts.weights import first_line
@@ -100,12 +100,9 @@ class PairSet:
         kept = [pair for pair in self.pairs if pair.caption not in captions]
         return PairSet(kept, self.pipe, self.folder, self.seed)
 
-    def collect(self, seen, chunk, pairs_a_step, progress=None):
-        """ImagePairs of the next steps, `seen` pairs after the run's start, cut at an epoch's end.
-
-        The chunk's number and progress are of use to a source that samples.
-        """
-        epoch, start = divmod(seen, len(self))
+    def collect(self, run, pairs_a_step, bar=None):
+        """ImagePairs of the next 20 steps from position run.seen on, cut at the epoch's end."""
+        epoch, start = divmod(run.seen, len(self))
         index = self.order(epoch)[start : start + STEPS_A_CHUNK * pairs_a_step].tolist()
         t, eps = zip(*[self.draw(epoch, i) for i in index])
         t, eps = torch.stack(t).to(self.pipe.unet.device), torch.stack(eps)
@@ -277,3 +274,24 @@ def encode(image, vae, path):
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # other runs may be at it too
     temporary.write_bytes(z.cpu().numpy().tobytes())
     temporary.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Held-out captions
+
+
+def hold_out_captions(data, prompts_file, count):
+    """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
+
+    prompts_file: --prompts, which names them itself. Raises UserError if no pair is left.
+    """
+    captions, held_out = hold_out(data.captions, count)
+    if prompts_file:
+        held_out = read_prompts(prompts_file)[:count]
+    elif captions == held_out:  # a single one, on both sides
+        return data, held_out
+    rest = data.without(held_out)
+    if len(rest) == 0:
+        raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")
+    print(f"{len(rest)} pairs to train on, {len(held_out)} prompts held out")
+    return rest, held_out

@@ -270,6 +270,17 @@ def find_prompts(where):
     return path if os.path.exists(path) else None
 
 
+def find_training_prompts(model, path=None, weights=None):
+    """Path of what to train on: --prompts, or the model's own, or SPO's. Raises UserError."""
+    where, _ = resolve_model(model)
+    path = path or find_prompts(where)
+    if path is None and where == SD15:
+        path = find_spo_prompts(weights)
+    if path is None:
+        raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
+    return path
+
+
 def silence_libraries():
     """No progress bars of theirs between ours, no advice about parts that we do not use."""
     import transformers.utils.logging
