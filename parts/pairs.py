@@ -285,11 +285,12 @@ def hold_out_captions(data, prompts_file, count):
 
     prompts_file: --prompts, which names them itself. Raises UserError if no pair is left.
     """
-    captions, held_out = hold_out(data.captions, count)
     if prompts_file:
         held_out = read_prompts(prompts_file)[:count]
-    elif captions == held_out:  # a single one, on both sides
-        return data, held_out
+    else:
+        captions, held_out = hold_out(data.captions, count)
+        if captions == held_out:  # a single one, on both sides
+            return data, held_out
     rest = data.without(held_out)
     if len(rest) == 0:
         raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")

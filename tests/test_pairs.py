@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shake
 from PIL import Image
 
 from divergences import NAMES, get_divergence
@@ -21,7 +23,7 @@ from loss import alignment_loss, noise_log_ratio
 from parts import pairs
 from parts.common import UserError
 from parts.model import Policy, encode_prompts, load_pipeline
-from parts.pairs import open_pairs
+from parts.pairs import hold_out_captions, open_pairs
 from toy import make, world
 
 
@@ -30,11 +32,6 @@ def pair_folder(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("sets") / "twelve")
     make.write_pairs(folder, 12, 0)
     return folder
-
-
-@pytest.fixture
-def pipe(micro):
-    return load_pipeline(micro)
 
 
 @pytest.fixture
@@ -71,12 +68,15 @@ def to_minus_one_one(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def moved(policy):
-    """The policy some way from its reference."""
-    generator = torch.Generator().manual_seed(3)
-    for layer in policy.layers.values():
-        layer.lora_B.data = 1e-2 * torch.randn(layer.lora_B.shape, generator=generator)
+def moved_policy(pipe):
+    """A LoRA some way from its reference."""
+    policy = Policy(pipe.unet, rank=2)
+    shake(policy, scale=1e-2)
     return policy
+
+
+def chunk_at(data, seen, pairs_a_step=1):
+    return data.collect(SimpleNamespace(seen=seen), pairs_a_step)
 
 
 def in_float64(pipe):
@@ -130,10 +130,10 @@ def test_the_loss_of_a_batch_is_eq_5(pipe, pair_folder, cache, name):
     """From files to the LoRA's gradient, in float64: eq. 5 with log X = -500 (err - err_ref)."""
     div = get_divergence(name, 0.4 if name == "alpha" else None)
     data = open_pairs(pair_folder, pipe, cache)
-    policy = moved(Policy(pipe.unet, rank=2))
+    policy = moved_policy(pipe)
     in_float64(pipe)
 
-    chunk, index = data.collect(12, 0, 1), torch.tensor([0, 3, 5])
+    chunk, index = chunk_at(data, 12), torch.tensor([0, 3, 5])
     u_w, u_l = chunk.log_ratios(policy, index)
     ours, _ = alignment_loss(u_w, u_l, div, 5.0, clip="none")
 
@@ -167,7 +167,7 @@ def test_a_pair_weighs_what_its_label_says(pipe, cache, tmp_path):
     rows = [("a sun", "a.png", "b.png", label) for label in (1, 0.75, 0.4)]
     folder = write_csv(tmp_path, rows, ("prompt", "winner", "loser", "label"))
     data = open_pairs(folder, pipe, cache)
-    chunk, policy = data.collect(0, 0, 3), moved(Policy(pipe.unet, rank=2))
+    chunk, policy = chunk_at(data, 0, 3), moved_policy(pipe)
     expected = torch.tensor([1, 0.5, 0.2])[data.order(0)]
     torch.testing.assert_close(chunk.weight, expected)
     u_w, u_l = chunk.log_ratios(policy, chunk.order)
@@ -177,7 +177,7 @@ def test_a_pair_weighs_what_its_label_says(pipe, cache, tmp_path):
 
 
 def test_the_sum_is_the_mean_times_the_dimensions(pipe, twelve):
-    chunk, policy = twelve.collect(0, 0, 1), moved(Policy(pipe.unet, rank=2))
+    chunk, policy = chunk_at(twelve, 0), moved_policy(pipe)
     mean = torch.stack(chunk.log_ratios(policy, torch.tensor([2, 7])))
     total = torch.stack(chunk.log_ratios(policy, torch.tensor([2, 7]), reduce="sum"))
     torch.testing.assert_close(total, mean * 4 * 12 * 12)
@@ -191,7 +191,7 @@ def test_noise_is_a_pairs_own(pipe, twelve):
     assert t == torch.randint(1000, (), generator=generator)
     assert torch.equal(eps, torch.randn(4, 12, 12, generator=generator))
 
-    chunk, policy = twelve.collect(0, 0, 1), moved(Policy(pipe.unet, rank=2))
+    chunk, policy = chunk_at(twelve, 0), moved_policy(pipe)
     in_float64(pipe)
     together = torch.stack(chunk.log_ratios(policy, torch.tensor([4, 1, 7])))
     for column, k in enumerate((4, 1, 7)):
@@ -209,7 +209,7 @@ def test_chunks_walk_through_the_epochs(pipe, twelve, pair_folder, cache):
     many = pairs.PairSet(twelve.pairs * 4, pipe, twelve.folder)  # 48 pairs
     seen, sizes, walked = 0, [], []
     while seen < 2 * len(many):
-        chunk = many.collect(seen, len(sizes), 2)
+        chunk = chunk_at(many, seen, 2)
         assert chunk.size == len(chunk.t) == len(chunk.weight) == len(chunk.order)
         assert chunk.order.tolist() == list(range(chunk.size))
         walked += chunk.pairs
@@ -219,18 +219,33 @@ def test_chunks_walk_through_the_epochs(pipe, twelve, pair_folder, cache):
     orders = many.order(0).tolist(), many.order(1).tolist()
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(48))
     assert walked == [many.pairs[i] for order in orders for i in order]
-    again = open_pairs(pair_folder, pipe, cache).collect(17, None, 1)
-    first = twelve.collect(17, 3, 1)
+    again = chunk_at(open_pairs(pair_folder, pipe, cache), 17)
+    first = chunk_at(twelve, 17)
     assert again.pairs == first.pairs and again.size == 7
     assert torch.equal(again.t, first.t) and torch.equal(again.eps, first.eps)
 
 
-def test_held_out_captions_leave_the_set(twelve):
-    held_out = twelve.captions[:2]
-    rest = twelve.without(held_out)
-    assert not set(held_out) & set(rest.captions)
+def test_no_pair_of_a_held_out_caption_is_trained_on(twelve, tmp_path):
+    rest, held_out = hold_out_captions(twelve, None, 2)
+    assert len(held_out) == 2 and not set(held_out) & set(rest.captions)
     assert set(held_out) | set(rest.captions) == set(twelve.captions)
     assert rest.digest != twelve.digest
+
+    own = tmp_path / "own.txt"  # --prompts
+    own.write_text(f"a moon over my house\n{twelve.captions[0]}\n{twelve.captions[1]}\n")
+    rest, held_out = hold_out_captions(twelve, own, 2)
+    assert held_out == ["a moon over my house", twelve.captions[0]]
+    assert len(rest) == 12 - twelve.captions.count(twelve.captions[0])
+    own.write_text("\n".join(twelve.captions))
+    with pytest.raises(UserError, match="names every caption of the pairs"):
+        hold_out_captions(twelve, own, 99)
+
+
+def test_a_single_caption_is_on_both_sides(twelve, capsys):
+    single = twelve.without(twelve.captions[1:])
+    rest, held_out = hold_out_captions(single, None, 32)
+    assert rest is single and held_out == [twelve.captions[0]]
+    assert "one prompt: none is held out" in capsys.readouterr().out
 
 
 def test_all_weights_start_at_their_reference(micro, pair_folder, cache, monkeypatch):
@@ -251,7 +266,7 @@ def test_all_weights_start_at_their_reference(micro, pair_folder, cache, monkeyp
 
     for name in ("group_norm", "layer_norm"):
         monkeypatch.setattr(F, name, in_fp32(getattr(F, name)))
-    chunk = open_pairs(pair_folder, pipe, cache).collect(0, 0, 1)
+    chunk = chunk_at(open_pairs(pair_folder, pipe, cache), 0)
     u_w, u_l = chunk.log_ratios(policy, chunk.order[:4])
     assert seen and (u_w == 0).all() and (u_l == 0).all()
     loaded = load_pipeline(micro).unet.state_dict()
@@ -434,7 +449,7 @@ def test_a_kill_loses_one_image(pair_folder, cache, count_encoded, monkeypatch):
 def test_latents_do_not_sit_in_memory(pipe, twelve, monkeypatch):
     """A set holds names; a batch of three reads six files and no more."""
     assert {type(cell) for pair in twelve.pairs for cell in pair} == {str, float}
-    chunk, policy = twelve.collect(0, 0, 1), Policy(pipe.unet, rank=2)
+    chunk, policy = chunk_at(twelve, 0), Policy(pipe.unet, rank=2)
     read, fromfile = [], np.fromfile
 
     def counted(path, *args):
