@@ -38,30 +38,12 @@ are logits suit --threshold: a pair is trained on if softmax([best, worst]) diff
 import os
 
 from parts.common import UserError
-<<<<<<< HEAD
-from parts.weights import WeightsMissing, build, find, find_url, load_tokenizer, read_config, read_folder, read_state  # noqa: F401
-from parts.fast import compile_at
-
-CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-AESTHETIC_HEAD = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-                  "sac%2Blogos%2Bava1-l14-linearMSE.pth")
-=======
 from parts.judges_clip import HPS, Aesthetic, CLIPScore, PickScore, StepAware
 from parts.judges_language import ImageReward, VQAScore
 from toy.world import Taste
->>>>>>> judges
-
-
-class ToyTaste(Taste):
-    reads_prompt, unclamped = False, False
-
-    def __init__(self, device="cpu", weights=None):
-        super().__init__()  # a formula: it needs neither
-
 
 JUDGES = {
-    "taste": ToyTaste,
+    "taste": Taste,
     "step_aware": StepAware,
     "clipscore": CLIPScore,
     "pickscore": PickScore,

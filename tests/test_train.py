@@ -526,8 +526,8 @@ def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path)
     clip_h, step_aware = judges_clip.CLIP_H, judges_clip.StepAware
     cached(SD15, micro)
     cached(clip_h, os.path.join(weights_dir, clip_h.split("/")[-1]))
-    folder = os.path.join(weights_dir, step_aware.REPO.split("/")[-1])
-    cached(step_aware.REPO, folder, [step_aware.FILE])
+    folder = os.path.join(weights_dir, step_aware.repo.split("/")[-1])
+    cached(step_aware.repo, folder, [step_aware.file])
     prompts = tmp_path / "4k.json"
     captions = [{"caption": c, "trainset_idx": i} for i, c in enumerate(PROMPTS[:8])]
     prompts.write_text(json.dumps(captions))
