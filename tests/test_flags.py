@@ -10,7 +10,7 @@ from parts.flags import check_range, parse
 from parts.weights import TOY
 
 
-def parsed(*argv, flags=None):
+def parsed(*argv):
     words = [str(word) for word in argv]
     args, _ = parse(words, "", train.FLAGS, train.SECTIONS, train.FREE_ON_RESUME)
     return args
