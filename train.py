@@ -124,55 +124,52 @@ def train(args, policy, source, div, beta, run, world, show):
     pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * world.size
     end, last_step = len(source) * args.num_epochs, args.max_train_steps or math.inf
     unit = "pairs" if args.pairs else "prompts"
-    bar = progress_bar(total=end, initial=run.seen, unit=unit, disable=world.rank > 0)
+    options = dict(initial=run.seen, unit=unit, disable=world.rank > 0)
     if run.seen == 0:
         show(0)
 
-    while run.seen < end and run.step < last_step:
-        # A chunk: sample and judge the next prompts or, with --pairs, take the next pairs.
-        pairs = source.collect(run, pairs_a_step, bar)
+    with progress_bar(total=end, **options) as bar:
+        while run.seen < end and run.step < last_step:
+            # A chunk: sample and judge the next prompts or, with --pairs, take the next pairs.
+            pairs = source.collect(run, pairs_a_step, bar)
 
-        for group in slices(pairs.order, pairs_a_step):  # one optimiser step
-            start, stats = time.time(), []
-            for batch in slices(group[world.rank :: world.size], args.train_batch_size):
-                u_w, u_l = pairs.log_ratios(policy, batch, args.log_ratio)  # log X_w, log X_l
-                loss, batch_stats = alignment_loss(  # eq. 5
-                    u_w, u_l, div, beta, args.clip_range, args.clip, pairs.weight[batch]
-                )
-                # by the full group's size: in a short last group a pair weighs what others weigh
-                scaler.scale(loss * len(batch) / pairs_a_step).backward()
-                stats.append(batch_stats | {"t": pairs.t[batch]})
-            world.sum_gradients(policy.parameters)
-            scaler.unscale_(opt)
-            limit = args.max_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, limit).item()
-            stats = world.gather_rows(stats)  # of all pairs, on all ranks
-            run.check_finite(stats, grad_norm, scaler)
-            scaler.step(opt)  # skipped by the scaler if fp16 gradients overflowed
-            scaler.update()
-            opt.zero_grad()
+            for group in slices(pairs.order, pairs_a_step):  # one optimiser step
+                start, stats = time.time(), []
+                for batch in slices(group[world.rank :: world.size], args.train_batch_size):
+                    u_w, u_l = pairs.log_ratios(policy, batch, args.log_ratio)  # log X_w, log X_l
+                    loss, batch_stats = alignment_loss(  # eq. 5
+                        u_w, u_l, div, beta, args.clip_range, args.clip, pairs.weight[batch]
+                    )
+                    # the mean over a full group: in a short last one a pair weighs no more
+                    scaler.scale(loss * len(batch) / pairs_a_step).backward()
+                    stats.append(batch_stats | {"t": pairs.t[batch]})
+                world.sum_gradients(policy.parameters)
+                scaler.unscale_(opt)
+                limit = args.max_grad_norm or math.inf
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, limit).item()
+                stats = world.gather_rows(stats)  # of all pairs, on all ranks
+                run.check_finite(stats, grad_norm, scaler)
+                scaler.step(opt)  # skipped by the scaler if fp16 gradients overflowed
+                scaler.update()
+                opt.zero_grad()
 
-            run.step += 1
-            record = run_folder.means(stats) | dict(pairs=len(group), lr=opt.param_groups[0]["lr"])
-            record["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
-            run.log("step", **record, seconds=time.time() - start)
-            bar.set_postfix_str(
-                f"step {run.step}, accuracy {record['accuracy']:.2f}", refresh=False
-            )
-            bar.update(0)
-            if run.step >= last_step:
-                # the weights are written; the state stays where the chunk began, to be replayed
-                run.export(policy)
-                show(run.seen // len(source) + 1)
-                return bar.close()
+                run.step += 1
+                seconds = time.time() - start
+                progress = run.log_step(stats, grad_norm, opt.param_groups[0]["lr"], seconds)
+                bar.set_postfix_str(progress, refresh=False)
+                bar.update(0)
+                if run.step >= last_step:
+                    # the weights are written; the state stays at the chunk's start, for a replay
+                    run.export(policy)
+                    show(run.seen // len(source) + 1)
+                    return
 
-        run.chunk, run.seen = run.chunk + 1, run.seen + pairs.size
-        bar.update(run.seen - bar.n)
-        if run.seen % len(source) == 0:
-            show(run.seen // len(source))
-        if run.chunk % args.checkpointing_chunks == 0 or run.seen >= end:
-            run.save(policy, opt, scaler)
-    bar.close()
+            run.chunk, run.seen = run.chunk + 1, run.seen + pairs.size
+            bar.update(run.seen - bar.n)
+            if run.seen % len(source) == 0:
+                show(run.seen // len(source))
+            if run.chunk % args.checkpointing_chunks == 0 or run.seen >= end:
+                run.save(policy, opt, scaler)
 
 
 def slices(rows, size):

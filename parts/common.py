@@ -9,11 +9,12 @@ import io
 import json
 import os
 import sys
+import warnings
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 
 class UserError(ValueError):
@@ -74,6 +75,7 @@ def progress_bar(total=None, **options):
     if total is not None:
         count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
         options["bar_format"] = "{l_bar}{bar}| " + count
+    warnings.filterwarnings("ignore", category=TqdmWarning)  # 20 x 0.8 is a hair more than 16
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 

@@ -145,6 +145,13 @@ class Run:
             print(f"\n{what} (judge std {std:.3g}; try a lower --threshold)", file=sys.stderr)
         return f"judge {final:.2f}"
 
+    def log_step(self, stats, grad_norm, learning_rate, seconds):
+        """stats: {name: (n,)} of the step's pairs. Returns what the progress bar says of it."""
+        record = means(stats) | dict(pairs=len(stats["loss"]), lr=learning_rate, seconds=seconds)
+        record["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+        self.log("step", **record)
+        return f"step {self.step}, accuracy {record['accuracy']:.2f}"
+
     def save_table(self, judge, prompts, before, after):
         """table.md, printed. before, after: (P, K, 3, H, W) of the same prompts and seeds."""
         figures = [figures_per_prompt(judge, prompts, images) for images in (before, after)]

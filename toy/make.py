@@ -29,7 +29,9 @@ from parts.common import (
     to_pil,
     write_file,
 )
-from sample import TOY, generate, load_pipeline
+from parts.model import load_pipeline
+from parts.weights import TOY
+from sample import generate
 from toy import world
 from toy.world import CAPTIONS, SIZE, Taste, draw
 
@@ -82,9 +84,7 @@ def parse_args():
     add("--unet_steps", type=int, default=7000, help="of 64 pictures (default: 7000)")
     add("--pictures", type=int, default=40960, help="for the UNet (default: 40960)")
     add("--seed", type=int, default=0)
-    add(
-        "--output_dir", default=TOY, help="a model there is replaced after training (default: toy/)"
-    )
+    add("--output_dir", default=TOY, help="replaced only after training (default: toy/)")
     args = parser.parse_args()
 
     for flag in ("count", "vae_steps", "unet_steps", "pictures"):
@@ -109,15 +109,10 @@ def parse_args():
 
 def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_size=SIZE // 4):
     """An untrained StableDiffusionPipeline with SD1.5's noise schedule; the defaults are toy/'s."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(vae_channels,) * 3,
         layers_per_block=0,
         norm_num_groups=4,
@@ -141,7 +136,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         pad_token_id=words.pad_token_id,
     )
     text_encoder = CLIPTextModel(text_config)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=sample_size,
         block_out_channels=unet_channels,
         layers_per_block=1,
@@ -151,7 +146,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         cross_attention_dim=hidden,
         attention_head_dim=4,
     )
-    schedule = DDIMScheduler(
+    schedule = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -159,7 +154,7 @@ def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_siz
         set_alpha_to_one=False,
         clip_sample=False,
     )
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=words,
@@ -185,10 +180,10 @@ def tokenizer():
         # Byte-pair merges that spell the word from its front: w+h, wh+i, whi+t, whit+e</w>.
         for i in range(1, len(word)):
             end = "</w>" if i == len(word) - 1 else ""
-            pair = (word[:i], word[i] + end)
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append("".join(pair))
+            merge = (word[:i], word[i] + end)
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)

@@ -15,11 +15,8 @@ import torch.nn.functional as F
 
 SIZE = 32  # pixels
 
-# The words of a caption, and what each means: the painter and the checker use the same tables.
-RADII = {  # of the sun or moon in pixels, from and to
-    "small": (2.8, 3.5),
-    "large": (5.4, 6.4),
-}
+# The words of a caption, and what each means to the painter and to the checker alike.
+RADII = {"small": (2.8, 3.5), "large": (5.4, 6.4)}  # of the sun or moon in pixels, from and to
 LIGHTS = {  # colours are red, green, blue in [0, 1]
     "yellow sun": (1.0, 0.90, 0.22),
     "red sun": (0.90, 0.13, 0.10),
@@ -40,7 +37,7 @@ SKIES = {
     "black": (0.07, 0.06, 0.10),
     "gray": (0.64, 0.64, 0.66),
 }
-TABLES = (RADII, LIGHTS, GROUNDS, SKIES)
+VOCABULARIES = (RADII, LIGHTS, GROUNDS, SKIES)
 
 # --------------------------------------------------------------------------------------------------
 # Captions
@@ -61,19 +58,22 @@ def read_caption(caption):
     """(size, light, ground, sky) of a caption, None for what it does not name; in any wording."""
     words = caption.replace(",", " ").split()
     before_sky = [word for word, after in itertools.pairwise(words) if after == "sky"]
-    size, ground = first_named(RADII, words), first_named(GROUNDS, words)
-    light = first_named(LIGHTS, caption)  # of two words, so looked for in the whole
-    return size, light, ground, first_named(SKIES, before_sky)
+    size = first_named(RADII, words)
+    light = first_named(LIGHTS, caption)  # it has two words, so the whole caption is searched
+    ground = first_named(GROUNDS, words)
+    sky = first_named(SKIES, before_sky)
+    return size, light, ground, sky
 
 
-def first_named(table, text):
-    """The first entry of a table that is in the text, or None."""
-    return next((word for word in table if word in text), None)
+def first_named(vocabulary, text):
+    """The first word of a vocabulary that is in the text, or None."""
+    return next((word for word in vocabulary if word in text), None)
 
 
-# All 3 x 3 x 6 x 7 = 378 of them.
-CHOICES = itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
-CAPTIONS = [write_caption(*choice) for choice in CHOICES]
+CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
+    write_caption(*words)
+    for words in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
+]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def draw(count, rng, captions=None):
     haze = np.array([1.1, 1, 0.9], np.float32)[:, None, None]
     image = top + y / SIZE * uniform(0, 0.16) * (1 - top) * haze
 
-    # The ground begins below two waves. (n, 1, 1, 32)
+    # The ground begins below two waves. (n, 1, 32, 32)
     horizon = uniform(0.52, 0.66) * SIZE
     long_wave = uniform(0, 1.2) * np.sin(x * uniform(0.15, 0.5) + uniform(0, 6.3))
     short_wave = uniform(0, 0.5) * np.sin(x * uniform(0.4, 0.7) + uniform(0, 6.3))
@@ -133,7 +133,7 @@ def draw(count, rng, captions=None):
 
 def choose_words(count, rng, captions):
     """(n, 4) strings: size, light, ground, sky of each picture."""
-    drawn = [rng.choice(list(table), count) for table in TABLES]
+    drawn = [rng.choice(list(vocabulary), count) for vocabulary in VOCABULARIES]
     words = np.stack(drawn, axis=1)
     for row, caption in zip(words, captions or ()):
         for i, word in enumerate(read_caption(caption)):
@@ -142,9 +142,9 @@ def choose_words(count, rng, captions):
     return words
 
 
-def look_up(table, words):
+def look_up(vocabulary, words):
     """What the words mean: radii (n, 2, 1, 1) or colours (n, 3, 1, 1)."""
-    return np.array([table[word] for word in words], np.float32)[:, :, None, None]
+    return np.array([vocabulary[word] for word in words], np.float32)[:, :, None, None]
 
 
 def blend(image, colour, share):
@@ -170,14 +170,15 @@ def read_picture(image):
     sky = np.median(image[:, :9], axis=(1, 2))  # (3,)
     ground = np.median(image[:, 25:], axis=(1, 2))
 
-    # Each pixel above row 23 belongs to the nearest of: the sky of its row (it pales downwards; in
-    # the top rows a large lamp may fill a row), the sky as a whole, the ground, the three lamps.
+    # Each pixel above row 23 goes to the nearest of six colours: the sky of its row (the sky pales
+    # downwards), the sky as a whole (low rows may be ground for the most part), the ground, the
+    # three lamps. Distances are squared, (6, 23, 32).
     upper = image[:, :23]
     sky_of_row = np.median(upper, axis=2)  # (3, 23)
     sky_of_row[:, :9] = sky[:, None]
     lamps = np.array(list(LIGHTS.values()))[:, :, None, None]
     colours = [sky_of_row[:, :, None], sky[:, None, None], ground[:, None, None], *lamps]
-    distances = np.stack([((upper - colour) ** 2).sum(0) for colour in colours])  # (6, 23, 32)
+    distances = np.stack([((upper - colour) ** 2).sum(0) for colour in colours])
     owner = distances.argmin(0)
 
     # The lamp that owns the most pixels is there, and their number tells its size.
@@ -187,9 +188,9 @@ def read_picture(image):
     return size, light, nearest(GROUNDS, ground), nearest(SKIES, sky)
 
 
-def nearest(table, colour):
-    """The word of a table that stands for the colour nearest to this one, (3,)."""
-    return min(table, key=lambda word: ((np.array(table[word]) - colour) ** 2).sum())
+def nearest(vocabulary, colour):
+    """The word that stands for the colour nearest to this one, (3,)."""
+    return min(vocabulary, key=lambda word: ((np.array(vocabulary[word]) - colour) ** 2).sum())
 
 
 def prompt_following(images, captions):
@@ -217,7 +218,10 @@ class Taste:
 
     name = "taste"
     reads_prompt = False
-    unclamped = False
+    unclamped = False  # it is shown images in [0, 1]
+
+    def __init__(self, device="cpu", weights=None):
+        pass  # a formula needs neither
 
     def encode(self, prompts):
         return torch.zeros(len(prompts), 0)
@@ -234,22 +238,3 @@ class Taste:
     def report(self, images, prompts):
         """Further figures for the table at the end of a run: {name: (n,)}."""
         return {"prompt following": prompt_following(images, prompts)}
-
-
-# goes with the old train.py
-PRESET = {
-    "num_epochs": 12,
-    "sample_batch_size": 14,
-    "train_batch_size": 20,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 7e-4,
-    "num_eval_prompts": 40,
-}
-PAIRS_PRESET = {"num_epochs": 4, "learning_rate": 1e-3, "beta": 1.0}
-FULL_PRESET = {"learning_rate": 1e-4, "checkpointing_steps": 20}
-
-
-def prompts():  # goes with the old train.py
-    from toy.make import prompts
-
-    return prompts()
