@@ -10,6 +10,7 @@ python tests/bench.py --preview madebyollin/taesd --model HUB_ID     how often a
 python tests/bench.py --memory                  what a training step must hold at SD1.5's size:
                                                 counted, so on any machine
 python tests/bench.py --fsim                    FSIM beside the package whose numbers it gives
+python tests/bench.py --summary RUN             a run of train.py: its steps' time, peak memory
 python tests/bench.py --save DIR                SD1.5 and its judge with random weights, 5 GB in
                                                 fp16, for train.py --model DIR/sd15 (tests/gpu.sh)
 
@@ -30,6 +31,7 @@ import argparse
 import copy
 import functools
 import itertools
+import json
 import os
 import sys
 from unittest import mock
@@ -41,6 +43,8 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import random_models
+from timing import Clock, device_name, in_rounds, ratio_text, seconds_of
+
 import sample
 from divergences import get_divergence
 from loss import alignment_loss, ddim_mean_std, step_log_ratio
@@ -50,9 +54,9 @@ from parts.fast import load_preview, make_fast
 from parts.judges import load_judge
 from parts.judges_clip import StepAware
 from parts.model import Policy, load_pipeline, predict_noise
+from parts.run import read_log
 from parts.weights import TOY, find_prompts, read_train_json, resolve_model
 from sample import collect_pairs
-from timing import Clock, device_name, in_rounds, ratio_text, seconds_of
 from toy import world
 
 DIV, BETA = get_divergence("js"), 10.0
@@ -64,6 +68,8 @@ def main():
     opts.device = pick_device(opts.device)
     if opts.save:
         random_models.save(opts.save, device=opts.device)
+    elif opts.summary:
+        summarise(opts.summary)
     elif opts.fsim:
         bench_fsim(opts.repeats)
     elif opts.memory:
@@ -93,6 +99,7 @@ def build_parser():
     flag("--weights", help="of --preview: a folder with the judge's weights")
     flag("--memory", action="store_true", help="count what a training step must hold")
     flag("--fsim", action="store_true", help="FSIM against image-similarity-measures")
+    flag("--summary", metavar="RUN", help="what a run's log says of time and memory")
     flag("--save", metavar="DIR", help="write SD1.5 and its judge with random weights")
     return parser
 
@@ -168,7 +175,6 @@ def bench_step(opts):
     print(f"| {OURS} | 4 | {medians[OURS]:.3f} | 1 |")
     ratio = ratio_text(seconds[THEIRS], seconds[OURS])
     print(f"\nours is faster by {ratio}; the LoRA's gradients differ by {difference:.1e}")
-    return difference
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,18 +347,20 @@ def bench_preview(opts):
     quarters = torch.tensor(times) // 250
     print(f"{opts.preview} beside the VAE of {opts.model}, judge {judge_name}, ", end="")
     print(f"{device_name(opts.device)}, {opts.repeats} rounds of {len(prompts)} prompts\n")
-    print("| timesteps of the children | pairs | ordered alike | of the clear pairs |")
-    print("|---|---|---|---|")
+    print("| timesteps of the children | pairs | ordered alike | clear pairs | ordered alike |")
+    print("|---|---|---|---|---|")
     rows = {f"{250 * q} to {250 * q + 249}": quarters == q for q in quarters.unique().tolist()}
     rows["all"] = quarters >= 0
     for title, some in rows.items():
-        shares = alike[some].float().mean(), alike[some][clear[some]].float().mean()
-        print(f"| {title} | {alike[some].numel()} | {shares[0]:.3f} | {shares[1]:.3f} |")
+        cells = []
+        for verdicts in (alike[some].flatten(), alike[some][clear[some]]):
+            share = f"{verdicts.float().mean():.3f}" if len(verdicts) else "-"
+            cells += [str(len(verdicts)), share]
+        print(f"| {title} | {' | '.join(cells)} |")
     print("\nclear: the VAE's two scores differ enough to train on (--threshold 0.3); ", end="")
     print("0.5 would be no relation at all")
     ratio = ratio_text(seconds["preview"], seconds["VAE"])
     print(f"decoding takes {ratio} of the VAE's time")
-    return alike
 
 
 def sibling_pairs(scores):
@@ -413,6 +421,25 @@ def bench_fsim(rounds, count=4, size=512):
     print(f"package {package:.2f} s a pair, ours {own:.2f} s a pair")
     ratio = ratio_text(seconds["ours"], seconds["package"])
     print(f"ours takes {ratio} of the package's time; the values differ by {worst:.0e} at most")
+
+
+# --------------------------------------------------------------------------------------------------
+# A run of train.py
+
+
+def summarise(folder):
+    """Medians over the optimiser steps and the rollouts, from the run's own log."""
+    steps, rollouts = read_log(folder, "step"), read_log(folder, "rollout")
+    with open(os.path.join(folder, "config.json")) as file:
+        config = json.load(file)
+    skipped = sum(step["grad_norm"] is None for step in steps)
+    peak = max(rollout["peak_gb"] for rollout in rollouts)
+    medians = [np.median([record["seconds"] for record in log]) for log in (steps, rollouts)]
+    precision = config["args"]["mixed_precision"]
+    print(f"{folder}, {config['device']}, {precision}: {len(steps)} optimiser steps ", end="")
+    print(f"({skipped} skipped), {medians[0]:.2f} s each; {len(rollouts)} rollouts, ", end="")
+    print(f"{medians[1]:.2f} s each; peak {peak:.1f} GB; loss {steps[0]['loss']:.4f}, ", end="")
+    print(f"at the end {steps[-1]['loss']:.4f}")
 
 
 if __name__ == "__main__":

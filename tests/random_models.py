@@ -28,8 +28,10 @@ def sd15(device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline of SD1.5's published size: 860 M, 84 M and 123 M parameters."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
+    from diffusers.utils import logging
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    logging.set_verbosity_error()  # or .to(dtype) warns of layers to be kept in fp32: []
     text_config = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=768,

@@ -1,7 +1,7 @@
-"""The benches: what they compare is the same, and their statistics are right. No time is asserted."""
+"""The benches: what they compare is the same, their statistics are right. No time is asserted."""
 
+import functools
 import itertools
-import os
 import sys
 import types
 from unittest import mock
@@ -14,9 +14,15 @@ import timing
 import torch
 
 from parts import diversity
-from parts.judges import load_judge
 from parts.judges_clip import StepAware
 from parts.model import load_pipeline
+
+
+@pytest.fixture(autouse=True)
+def short_rollouts(monkeypatch):
+    """Six denoising steps in place of 20: the children of two of them are judged."""
+    short = functools.partial(bench.collect_pairs, num_steps=6)
+    monkeypatch.setattr(bench, "collect_pairs", short)
 
 
 def run(capsys, *argv):
@@ -49,24 +55,24 @@ def test_every_round_runs_every_way_and_begins_with_another():
     assert "".join(each[0][1] for each in rounds) == "abca"
 
 
-def test_training_step_has_the_gradients_of_the_reference_way(capsys):
-    out = run(capsys, "--repeats", 2, "--prompts", 1, "--pairs", 3)
+def test_training_step_has_the_gradients_of_the_reference_way(capsys, micro):
+    out = run(capsys, "--model", micro, "--repeats", 2, "--prompts", 2, "--pairs", 3)
     difference = float(out.split("gradients differ by ")[1])
     assert 0 < difference < 1e-4
     assert "| reference-like | 8 |" in out and "3 pairs a step, 2 rounds" in out
 
 
-def test_loop_prints_each_part_and_its_ratio(capsys):
-    out = run(capsys, "--loop", "--repeats", 1, "--prompts", 1)
-    assert "16 pairs a prompt, 1 rounds" in out  # steps 4 to 19, whatever the judge says
+def test_loop_prints_each_part_and_its_ratio(capsys, micro):
+    out = run(capsys, "--model", micro, "--loop", "--repeats", 1, "--prompts", 1)
+    assert "2 pairs a prompt, 1 rounds" in out  # every candidate, whatever the judge says
     assert out.count("| UNet | decode | judge | training | all |") == 2
     ours = [line for line in out.splitlines() if line.startswith("| ours |")]
     assert len(ours) == 2 and ours[1].count(" to ") == 5
 
 
-def test_both_ways_of_the_loop_train_alike():
+def test_both_ways_of_the_loop_train_alike(micro):
     """The same pairs of the same rollout, and the gradient of the reference's way."""
-    opts = types.SimpleNamespace(model="toy", device="cpu", pairs=5, prompts=1)
+    opts = types.SimpleNamespace(model=micro, device="cpu", pairs=2, prompts=2)
     gradients = {}
     for name in (bench.THEIRS, bench.OURS):
         way = bench.Way(name, opts)
@@ -74,7 +80,7 @@ def test_both_ways_of_the_loop_train_alike():
         for lora_B in way.policy.parameters[1::2]:
             torch.nn.init.normal_(lora_B, std=1e-2)
         way.optimizer.zero_grad = lambda: None  # leave the gradients to be read
-        way.run(bench.some_prompts(1))
+        way.run(bench.some_prompts(2))
         gradients[name] = torch.cat([p.grad.flatten() for p in way.policy.parameters])
     ours, theirs = gradients[bench.OURS], gradients[bench.THEIRS]
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
@@ -92,8 +98,8 @@ def test_same_order_against_the_definition():
 
 def test_preview_orders_as_the_vae_if_it_is_the_vae(capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_preview", lambda where, pipe: pipe.vae)
-    out = run(capsys, "--preview", "itself", "--repeats", 1, "--prompts", 1)
-    assert "judge taste" in out and "| all | 96 | 1.000 | 1.000 |" in out  # 16 steps x 6 pairs
+    out = run(capsys, "--preview", "itself", "--repeats", 1, "--prompts", 2)
+    assert "| all | 24 | 1.000 |" in out  # 2 steps x 2 prompts x 6 pairs
 
 
 def test_preview_with_a_random_decoder(capsys, tmp_path):
@@ -103,8 +109,8 @@ def test_preview_with_a_random_decoder(capsys, tmp_path):
     sizes = dict(encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3)
     blocks = dict(num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3)
     AutoencoderTiny(**sizes, **blocks, latent_channels=4).save_pretrained(tmp_path)
-    out = run(capsys, "--preview", tmp_path, "--repeats", 1, "--prompts", 1)
-    alike = float(out.split("| all | 96 | ")[1].split(" |")[0])
+    out = run(capsys, "--preview", tmp_path, "--repeats", 2, "--prompts", 2)
+    alike = float(out.split("| all | 48 | ")[1].split(" |")[0])
     assert 0 < alike < 1 and "of the VAE's time" in out
 
 
@@ -126,16 +132,19 @@ def test_fsim_beside_a_package(capsys, monkeypatch):
         bench.bench_fsim(rounds=1, count=3, size=48)
 
 
-def test_saved_random_models_are_read_by_the_loaders(tmp_path, monkeypatch):
-    small = random_models.SMALL_JUDGE
-    monkeypatch.setattr(StepAware, "CONFIG", small)
+def test_training_on_saved_random_models(capsys, command, micro, tmp_path, monkeypatch):
+    """What tests/gpu.sh does at full size: save, train, sum the log up."""
+    monkeypatch.setattr(StepAware, "CONFIG", random_models.SMALL_JUDGE)
 
     def make(device, dtype):
-        return load_pipeline("toy", device, dtype)
+        return load_pipeline(micro, device, dtype)
 
-    random_models.save(str(tmp_path), small, make)
-    assert load_pipeline(str(tmp_path / "sd15")).unet.config.in_channels == 4
-    judge = load_judge("step_aware", weights=str(tmp_path / "weights"))
-    text = judge.encode(["a red sun", "a white moon"])
-    scores = judge(torch.rand(2, 3, 32, 32), text)
-    assert os.path.isdir(tmp_path / "weights") and scores.isfinite().all()
+    random_models.save(str(tmp_path), random_models.SMALL_JUDGE, make)
+    flags = ["--model", tmp_path / "sd15", "--weights", tmp_path / "weights"]
+    flags += ["--judge", "step_aware", "--prompts", "toy/prompts.txt", "--threshold", 0]
+    flags += ["--num_inference_steps", 5, "--sample_batch_size", 2, "--max_train_steps", 1]
+    flags += ["--num_eval_prompts", 1, "--images_per_prompt", 1, "--output_dir", tmp_path / "run"]
+    code, _, err = command("train.py", "--div", "js", *flags)
+    assert code == 0, err
+    out = run(capsys, "--summary", tmp_path / "run")
+    assert ", no: 1 optimiser steps (0 skipped)" in out and "loss 0.6931" in out
