@@ -1,16 +1,22 @@
+"""The objective, from noise predictions to a loss: eq. 5 to 7 and theorem 3 of the paper.
+
+A policy p_theta is wanted that maximises E[r] - beta D_f(p_theta || p_ref) (eq. 2; its Lagrangian
+is eq. 3). Its optimum tells the reward that a policy stands for, r = beta f'(X) + const (theorem 1,
+eq. 4). With Bradley-Terry, P(w beats l) = sigmoid(r_w - r_l), the constant cancels (theorem 2):
+
+    loss = -log sigmoid( beta f'(X_w) - beta f'(X_l) ),   X = p_theta / p_ref             (eq. 5)
+
+Two kinds of log X are here:
+  1. step_log_ratios: one denoising step, a Gaussian of the same width under both policies, so that
+         u = log X = (mean - mean_ref) . (x_{t-1} - (mean + mean_ref) / 2) / std^2
+     reduce="sum" is the paper's X. reduce="mean", SPO's and the default of train.py, divides u by
+     the latent's D dimensions: its X is the D-th root of the step's ratio (D = 16,384 for SD1.5).
+     For reverse KL, whose f' is log X + 1, that is a factor in beta and no more. For every other
+     row, forward KL too, it is another objective, since their f' is not linear in log X.
+  2. noise_log_ratio: a finished image under Diffusion-DPO's bound, for preference pairs.
+Nothing here knows a model: tensors in, tensors out, in fp32, or in fp64 if given fp64.
 """
-The objective, from a noise prediction to a loss: eq. 5 to 7 and theorem 3 of the paper.
 
-    X    = p_theta(x_{t-1} | x_t, c) / p_ref(x_{t-1} | x_t, c)            one denoising step, u = log X
-    loss = -log sigmoid( beta f'(X_w) - beta f'(X_l) )                    eq. 5 (over data), eq. 6 (as a surface)
-
-Both policies step with the same Gaussian width, so the log-ratio of a step is a difference of two squares. It is
-computed in its factored form and log-probabilities are never formed:
-
-    u = [ |x - mean_ref|^2 - |x - mean|^2 ] / (2 std^2) = (mean - mean_ref) . (x - (mean + mean_ref)/2) / std^2
-
-Nothing here knows a UNet: tensors in, tensors out. All of it is fp32 (or fp64 if given fp64), whatever the model ran in.
-"""
 import math
 
 import torch
@@ -20,93 +26,112 @@ REDUCE = ("mean", "sum")
 CLIPS = ("ratio", "onesided", "none")
 
 
-def _wide(*tensors):
-    """fp16 and bf16 -> fp32; fp64 stays, so that tests can ask for more digits."""
-    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+def at_least_fp32(x):
+    """Half precision -> fp32, since a log-ratio is a small difference; fp64 stays fp64."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def reduce_dims(x, reduce):
+    """(N, ...) -> (N,): the mean or the sum over all dimensions but the first."""
+    if reduce not in REDUCE:
+        raise ValueError(f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCE)}")
+    x = x.flatten(1)
+    return x.mean(1) if reduce == "mean" else x.sum(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# log X of a denoising step
 
 
 def ddim_mean_std(eps, x_t, t, alphas_cumprod, num_steps, eta=1.0):
-    """The Gaussian of one DDIM step (Song et al. 2021, eq. 12 and 16): p(x_{t-1} | x_t) = N(mean, std^2).
+    """One DDIM step (Song et al. 2021, eq. 12 and 16): p(x_{t-1} | x_t) = N(mean, std^2).
 
-    eps, x_t: (N, C, H, W); t: (N,) integer timesteps, mixed as they come; alphas_cumprod: (T,), kept in fp32 or
-    wider; num_steps: of the sampler, so t_prev = t - T // num_steps, and 0 below it (a_0 at the last step).
-    Returns mean (N, C, H, W), std (N, 1, 1, 1), x0 (N, C, H, W): the prediction of the clean latent.
+    eps, x_t: (N, C, H, W); t: (N,) integer timesteps, each image its own; alphas_cumprod: (T,);
+    num_steps: of the sampler, whose next timestep is t - T // num_steps, or 0 at the last step.
+    Returns mean (N, C, H, W), std (N, 1, 1, 1) and x0 (N, C, H, W), the predicted clean latent.
     """
-    shape = (-1,) + (1,) * (x_t.ndim - 1)
-    table = alphas_cumprod.to(x_t.device)
-    t = t.to(x_t.device)
-    a_t = table[t].view(shape)
-    a_prev = table[(t - len(table) // num_steps).clamp(min=0)].view(shape)
-    var = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
-    std = eta * var.sqrt()
+    t_prev = (t - len(alphas_cumprod) // num_steps).clamp(min=0)
+    a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
+    a_prev = alphas_cumprod[t_prev].view(-1, 1, 1, 1)
+    variance = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+    std = eta * variance.sqrt()
     x0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
-    mean = a_prev.sqrt() * x0 + (1 - a_prev - std ** 2).clamp(min=0).sqrt() * eps
+    mean = a_prev.sqrt() * x0 + (1 - a_prev - std**2).clamp(min=0).sqrt() * eps
     return mean, std, x0
 
 
 def step_log_ratio(x_prev, mean, mean_ref, std, reduce="mean"):
-    """u = log p_theta(x_prev) / p_ref(x_prev) of two Gaussians of one width.
+    """u = log p_theta(x_prev) / p_ref(x_prev) of two Gaussians of one width. Returns (N,).
 
-    x_prev, mean, mean_ref (N, ...); std broadcasts against them, (N, 1, 1, 1) say. Returns (N,).
-    reduce: "sum" over the latent's dimensions is the log-ratio of the densities; "mean" is what SPO and DDPO train
-    on, 16,384 times smaller for SD1.5, which is why a beta of 10 and a clip range of 0.1 suit it.
+    x_prev, mean, mean_ref: (N, ...); std broadcasts against them, (N, 1, 1, 1) say. The difference
+    of two squares is taken in its factored form, so that no log-probability is ever formed.
     """
-    x_prev, mean, mean_ref, std = _wide(x_prev, mean, mean_ref, std)
-    per_dim = (mean - mean_ref) * (x_prev - (mean + mean_ref) / 2) / std ** 2
-    return _reduce(per_dim, reduce)
+    x_prev, mean, mean_ref, std = map(at_least_fp32, (x_prev, mean, mean_ref, std))
+    return reduce_dims((mean - mean_ref) * (x_prev - (mean + mean_ref) / 2) / std**2, reduce)
 
 
-def _reduce(per_dim, reduce):
-    if reduce not in REDUCE:
-        raise ValueError(f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCE)}")
-    return getattr(per_dim.flatten(1), reduce)(1)
+def step_log_ratios(
+    eps, eps_ref, x_t, x_w, x_l, t, alphas_cumprod, num_steps, eta=1.0, reduce="mean"
+):
+    """(u_w, u_l), each (N,): both children of x_t from ONE policy and ONE reference prediction.
 
-
-def step_log_ratios(eps, eps_ref, x_t, x_w, x_l, t, alphas_cumprod, num_steps, eta=1.0, reduce="mean"):
-    """(u_w, u_l), each (N,): both children of x_t from ONE policy and ONE reference prediction (fused).
-
-    eps, eps_ref: noise predictions at x_t, guided if sampling was; x_t, x_w, x_l: latents; all (N, C, H, W).
-    t: (N,) timesteps, mixed as they come; alphas_cumprod: (T,); num_steps, eta: the DDIM sampler's.
-    Winner and loser share x_t, t and the prompt, so they share mean and std as well: the SPO reference predicts
+    eps, eps_ref: noise predictions at x_t, guided if sampling was; x_t, x_w, x_l: latents; all
+    (N, C, H, W). t, alphas_cumprod, num_steps, eta: as in ddim_mean_std.
+    Winner and loser share x_t, t and prompt, so mean and std as well: the SPO reference predicts
     twice with either model and gets the same two numbers, and the same gradient.
     """
-    eps, eps_ref, x_t, x_w, x_l = _wide(eps, eps_ref, x_t, x_w, x_l)
-    # The DDIM mean is linear in (eps, x_t), so differences and midpoints of means are means of differences and
-    # midpoints. mean - mean_ref, of two nearly equal numbers, would lose the digits that eps - eps_ref still has.
-    delta, std, _ = ddim_mean_std(eps - eps_ref, torch.zeros_like(x_t), t, alphas_cumprod, num_steps, eta)
-    middle, _, _ = ddim_mean_std((eps + eps_ref) / 2, x_t, t, alphas_cumprod, num_steps, eta)
-    pull = delta / std ** 2
-    return _reduce(pull * (x_w - middle), reduce), _reduce(pull * (x_l - middle), reduce)
+    eps, eps_ref, x_t, x_w, x_l = map(at_least_fp32, (eps, eps_ref, x_t, x_w, x_l))
+    # The DDIM mean is linear in (eps, x_t), so mean - mean_ref is the mean of (eps - eps_ref, 0):
+    # of two nearly equal means the difference would have lost digits that eps - eps_ref still has.
+    step = t, alphas_cumprod, num_steps, eta
+    difference, std, _ = ddim_mean_std(eps - eps_ref, torch.zeros_like(x_t), *step)
+    midpoint, _, _ = ddim_mean_std((eps + eps_ref) / 2, x_t, *step)
+    direction = difference / std**2
+    u_w = reduce_dims(direction * (x_w - midpoint), reduce)
+    u_l = reduce_dims(direction * (x_l - midpoint), reduce)
+    return u_w, u_l
+
+
+# --------------------------------------------------------------------------------------------------
+# log X of a finished image
 
 
 def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
-    """u = log X of a finished image under Diffusion-DPO's bound (arXiv 2311.12908, eq. 14), at one timestep:
+    """u of a finished image at one timestep, Diffusion-DPO's way (arXiv 2311.12908, eq. 14):
 
-        u = -S/2 ( |eps_hat - eps|^2 - |eps_ref - eps|^2 ) = -S/2 (eps_hat - eps_ref) . (eps_hat + eps_ref - 2 eps)
+        u = -S/2 ( |eps_hat - eps|^2 - |eps_ref - eps|^2 )
 
-    eps_hat, eps_ref: the policy's and the reference's prediction of the noise eps in x_t; all (N, C, h, w). Returns (N,).
-    S stands for the T steps of the chain. With the mean over dimensions and S = 1000, reverse KL at beta 5 is that paper's
-    loss at beta 5000, whose code has -0.5 * 5000 in front of the same difference.
+    eps_hat, eps_ref: the policy's and the reference's prediction of the noise eps in x_t; all
+    (N, C, h, w). Returns (N,). S stands for the T steps of the chain. With the mean over dimensions
+    and S = 1000, reverse KL at beta 5 is that paper's loss at 5000 (its code has -0.5 * 5000).
+
+    The log X of the whole image is a mean of such u over t and noise, and the loss of that mean is
+    what eq. 5 asks for. For reverse KL -log sigmoid(beta u_w - beta u_l) is convex in (u_w, u_l),
+    so that the mean loss over t bounds it from above (Jensen), which Diffusion-DPO rests on. For
+    other rows -log sigmoid(beta f'(e^u_w) - beta f'(e^u_l)) is not convex: there the mean over t is
+    an objective of its own and no bound (tests/test_loss.py finds a violation for js).
     """
-    eps_hat, eps_ref, eps = _wide(eps_hat, eps_ref, eps)
-    return _reduce(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
+    eps_hat, eps_ref, eps = map(at_least_fp32, (eps_hat, eps_ref, eps))
+    return reduce_dims(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
 
 
 def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=None):
     """Eq. 5 on a batch of pairs. u_w, u_l: log-ratios (N,). Returns (loss, stats).
 
-    loss: the mean over the N pairs, a scalar; ln 2 where the policy is the reference. An empty batch raises
-    ValueError, since its mean would be NaN. weight (N,): of each pair in the sum that is divided by N; 1 by default.
+    loss: the mean over the N pairs, a scalar; ln 2 where the policy is the reference. Raises
+    ValueError for an empty batch, whose mean would be NaN. weight: (N,), of each pair in the sum.
     clip, with c = clip_range:
-      "ratio"     SPO's: X is clamped to [1-c, 1+c]. Outside, the gradient is zero, also for a winner that fell below
-                  1-c or a loser that rose above 1+c: such a pair is lost to training.
-      "onesided"  only what is already won is clamped: X_w from above, X_l from below. A pair on the wrong side keeps
-                  its gradient and can recover.
+      "ratio"     SPO's: X is clamped to [1-c, 1+c]. Outside the gradient is zero, also for a winner
+                  that fell below 1-c or a loser that rose above 1+c: lost to training.
+      "onesided"  clamps only what is already won: X_w from above, X_l from below.
       "none"      X as it is.
-    stats: per pair and detached, (N,) each: loss; margin = beta f'(X_w) - beta f'(X_l), the argument of the sigmoid;
-    accuracy (1 where u_w > u_l, 1/2 for a tie, before any clamp); log_X_w, log_X_l: u_w and u_l, whose means one outlier
-    does not rule; X_w, X_l (before any clamp, but at most e^80, so that their means are finite); clip_fraction (the share
-    of the pair's two ratios that the clamp changed).
+    stats, detached, of each pair (N,): loss; margin = beta f'(X_w) - beta f'(X_l); accuracy (1 if
+    u_w > u_l, 1/2 for a tie), log_X_w, log_X_l, X_w, X_l (at most e^80, so that means are finite),
+    these before any clamp; clip_fraction, the share of the two ratios that the clamp changed.
     """
     if u_w.numel() == 0:
         raise ValueError("alignment_loss needs at least one pair")
@@ -116,29 +141,44 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
     if clip != "none":
         if not 0 < clip_range < 1:
             raise ValueError(f"clip_range must lie strictly between 0 and 1, got {clip_range}")
-        low, high = math.log1p(-clip_range), math.log1p(clip_range)  # log(1-c), log(1+c): clamping u clamps X
-        v_w = u_w.clamp(min=low if clip == "ratio" else None, max=high)
-        v_l = u_l.clamp(min=low, max=high if clip == "ratio" else None)
-    margin = beta * (div.reward(v_w) - div.reward(v_l))  # the divergence enters here and nowhere else
-    losses = -F.logsigmoid(margin)                       # softplus would do, but is only y = x above 20
-    total = losses if weight is None else weight * losses
-    stats = {"loss": losses, "margin": margin, "accuracy": (torch.sign(u_w - u_l) + 1) / 2,
-             "log_X_w": u_w, "log_X_l": u_l, "X_w": u_w.clamp(max=80).exp(), "X_l": u_l.clamp(max=80).exp(),
-             "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2}
-    return total.mean(), {k: v.detach() for k, v in stats.items()}
+        low, high = math.log1p(-clip_range), math.log1p(clip_range)  # clamping u clamps X
+        v_w, v_l = u_w.clamp(max=high), u_l.clamp(min=low)
+        if clip == "ratio":
+            v_w, v_l = v_w.clamp(min=low), v_l.clamp(max=high)
+    margin = beta * (div.reward(v_w) - div.reward(v_l))  # the divergence enters here and only here
+    losses = -F.logsigmoid(margin)
+    loss = losses.mean() if weight is None else (weight * losses).mean()
+    stats = {
+        "loss": losses,
+        "margin": margin,
+        "accuracy": (torch.sign(u_w - u_l) + 1) / 2,
+        "log_X_w": u_w,
+        "log_X_l": u_l,
+        "X_w": u_w.clamp(max=80).exp(),
+        "X_l": u_l.clamp(max=80).exp(),
+        "clip_fraction": ((v_w != u_w).float() + (v_l != u_l).float()) / 2,
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss as a surface over the two ratios
 
 
 def surface(x1, x2, div, beta):
-    """Eq. 6, the loss over the plane of ratios (X_1, X_2) = (X_w, X_l) > 0; elementwise."""
+    """Eq. 6: the loss over the plane of ratios (X_1, X_2) = (X_w, X_l) > 0; elementwise."""
     return -F.logsigmoid(beta * (div.df(x1) - div.df(x2)))
 
 
 def surface_gradient(x1, x2, div, beta):
-    """Theorem 3: (dL/dX_1, dL/dX_2), elementwise; the first is never positive, the second never negative."""
-    weight = beta * torch.sigmoid(beta * (div.df(x2) - div.df(x1)))  # how wrong the order of the pair still is
-    return -weight * div.d2f(x1), weight * div.d2f(x2)
+    """Theorem 3: (dL/dX_1, dL/dX_2), elementwise; the first is never > 0, the second never < 0."""
+    wrongness = torch.sigmoid(beta * (div.df(x2) - div.df(x1)))  # 1 - P(w beats l)
+    return -beta * wrongness * div.d2f(x1), beta * wrongness * div.d2f(x2)
 
 
 def gradient_ratio(x1, x2, div):
-    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2): how much a step raises the winner for what it lowers the loser."""
+    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), which theorem 4 puts in order.
+
+    How much a step raises the winner for what it lowers the loser.
+    """
     return div.d2f(x1) / div.d2f(x2)

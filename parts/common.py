@@ -9,11 +9,12 @@ import io
 import json
 import os
 import sys
+import warnings
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 
 class UserError(ValueError):
@@ -74,6 +75,7 @@ def progress_bar(total=None, **options):
     if total is not None:
         count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
         options["bar_format"] = "{l_bar}{bar}| " + count
+    warnings.filterwarnings("ignore", category=TqdmWarning)  # 20 x 0.8 is a hair more than 16
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
@@ -186,6 +188,9 @@ def hold_out(prompts, count):
     The same whatever the seed, so that runs compare.
     """
     prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be on both sides
+    if len(prompts) == 1:
+        print("one prompt: none is held out, the table at the end is about the training prompt")
+        return prompts, prompts
     count = min(count, len(prompts) // 2)
     held = {round(i * len(prompts) / count) for i in range(count)}
     training = [p for i, p in enumerate(prompts) if i not in held]

@@ -1,306 +1,308 @@
+"""Preference pairs of your own: the data set (c, x_0^w, x_0^l) of eq. 5, in the judge's place.
+
+pairs = open_pairs("out/toy-pairs", pipe, "out/latents")        # reads, and encodes what is new
+chunk = pairs.collect(seen, None, 40)                           # 20 optimiser steps of 40 pairs
+u_w, u_l = chunk.log_ratios(policy, chunk.order[:10])
+
+u is a finished image's log-ratio at one timestep (loss.noise_log_ratio, Diffusion-DPO's); the mean
+loss over timesteps bounds that of the whole image for reverse KL alone (Jensen).
+What may be read, what labels mean, where latents are kept: docs/pairs.md.
 """
-Preference pairs of one's own: the data set (c, x_0^w, x_0^l) that eq. 5 of the paper takes its expectation over.
 
-    python -m toy.make --pairs out/toy-pairs                          2,000 pairs of the tiny world, labelled by its taste
-    python train.py --div js --pairs out/toy-pairs               the same loss, the same flags, another source of pairs
-
-PATH of --pairs is one of
-    a folder with pairs.csv or pairs.jsonl      columns prompt (or caption), winner, loser: image files, relative to it; label, if any
-    a .parquet file, or a folder of them        columns caption, jpg_0, jpg_1 (the images' bytes), label_0, as in Pick-a-Pic
-
-label (label_0) in [0, 1] is how sure it is that winner (jpg_0) is the better one: 1 by default; below 1/2 the two change places;
-1/2 is a tie, left out and counted, as a row without label_0 is. A pair weighs |2 label - 1| in the loss: to first order the loss of uncertain labels,
-p L(w, l) + (1 - p) L(l, w).
-
-Images are cut to the model's size and encoded by the VAE once. A latent is a file named after its image's bytes and the VAE,
-so a kill loses one image, a changed image is encoded anew, several runs share them, and none lies in memory. (With torchrun
-the first rank of each machine encodes while the others wait, two hours at most: start a set of 100,000 pairs with one.)
-"""
-import contextlib
+import collections
 import csv
-import glob
 import hashlib
 import io
 import json
-import os
-import socket
+import math
+import pathlib
+import uuid
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from evaluate import read_image
-from sample import UserError, latent_shape, progress_bar
+from loss import noise_log_ratio
+from parts.common import UserError, hold_out, progress_bar, read_prompts
+from parts.images import read_image
+from parts.model import encode_prompts, latent_shape, predict_noise
+from parts.weights import first_line
 
-NAMES = "prompt (or caption), winner, loser and, if any, label"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reading: every source becomes (where, caption, (name, read) of winner and of loser, label)
-
-def records(path):
-    """Yields the pairs of PATH one by one; read() gives an image's bytes. Raises UserError naming what is wrong, and where."""
-    if os.path.isdir(path):
-        tables = [os.path.join(path, f) for f in ("pairs.csv", "pairs.jsonl") if os.path.exists(os.path.join(path, f))]
-        shards = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
-        if len(tables) == 2:
-            raise UserError(f"{path!r} has a pairs.csv and a pairs.jsonl: remove one")
-        if shards and not tables:
-            return (r for shard in shards for r in from_parquet(shard))
-        path = tables[0] if tables else path
-    if not os.path.isfile(path) or not path.endswith((".csv", ".jsonl", ".parquet")):
-        raise UserError(f"no pairs at {path!r}: give a folder with a pairs.csv or pairs.jsonl ({NAMES}) or with .parquet files, or such a file")
-    return from_parquet(path) if path.endswith(".parquet") else from_table(path)
+COLUMNS = "prompt (or caption), winner, loser and, if any, label in [0, 1]"
+STEPS_A_CHUNK = 20  # optimiser steps; a run is saved after every chunk
 
 
-def from_table(path):
-    """Pairs of a .csv or .jsonl file; images are files, relative to it."""
-    folder, is_csv = os.path.dirname(path), path.endswith(".csv")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            table = csv.DictReader(f) if is_csv else None
-            lines = ((table.line_num, item) for item in table) if is_csv else (
-                (i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip())
-            for i, item in lines:
-                where = f"{path}, line {i}"
-                if not isinstance(item, dict):
-                    raise UserError(f"{where}: not an object with {NAMES}")
-                if None in item:
-                    raise UserError(f"{where}: more cells than the header has: put captions with commas in quotes")
-                item = {k.strip().lower(): v for k, v in item.items()}
-                caption, files = item.get("prompt") or item.get("caption"), [item.get("winner"), item.get("loser")]
-                if not {"winner", "loser"} <= item.keys() or not {"prompt", "caption"} & item.keys():
-                    raise UserError(f"{where}: its columns are {', '.join(item) or 'none'}; needed are {NAMES}"
-                                    + (", with commas between them" if is_csv and len(item) == 1 else ""))
-                if not all(isinstance(v, str) and v.strip() for v in (caption, *files)):
-                    raise UserError(f"{where}: prompt, winner or loser is empty")
-                caption.encode()  # half a surrogate pair, which JSON can hold, is no text
-                yield where, caption, *((name, _reader(os.path.join(folder, name))) for name in files), item.get("label")
-    except UnicodeError as e:
-        raise UserError(f"{path} is not text: save it as UTF-8") from e
-    except (csv.Error, json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as {'a CSV table' if is_csv else 'JSON lines'} ({e})") from e
-
-
-def _reader(path):
-    def read():
-        with open(path, "rb") as f:
-            return f.read()
-    return read
-
-
-def from_parquet(path, rows=16):
-    """Pairs of a Parquet file with the images inside, a few rows in memory at a time."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as e:
-        raise UserError(f"{path} is a Parquet file and pyarrow is not here: pip install pyarrow, or give a folder with pairs.csv") from e
-    columns = ["caption", "jpg_0", "jpg_1", "label_0"]
-    try:
-        with ParquetFile(path) as table:
-            lacking = [c for c in columns if c not in table.schema_arrow.names]
-            if lacking:
-                raise UserError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(table.schema_arrow.names)}, needed are {', '.join(columns)}")
-            row = 0
-            for batch in table.iter_batches(batch_size=rows, columns=columns):
-                for item in batch.to_pylist():
-                    where, images = f"{path}, row {row}", []
-                    for c in columns[1:3]:
-                        data = item[c].get("bytes") if isinstance(item[c], dict) else item[c]  # a struct where the hub's Image type wrote it
-                        if not isinstance(data, bytes | None):
-                            raise UserError(f"{where}: {c} must hold the image's bytes")
-                        images.append((f"{c} of row {row} of {os.path.basename(path)}", lambda data=data: data or b""))
-                    if not isinstance(item["caption"], str) or not item["caption"].strip():
-                        raise UserError(f"{where}: caption is empty")
-                    yield where, item["caption"], *images, 0.5 if item["label_0"] is None else item["label_0"]
-                    row += 1
-    except (ArrowException, OSError) as e:
-        raise UserError(f"{path} cannot be read as a Parquet file ({' '.join(str(e).split())[:120]}): copy or download it again") from e
-
-
-def read_label(label, where):
-    """None or "" is 1. Raises UserError outside [0, 1]."""
-    try:
-        label = 1.0 if label is None or label == "" else float(label)
-    except (TypeError, ValueError):
-        label = float("nan")
-    if not 0 <= label <= 1:
-        raise UserError(f"{where}: label must be a number in [0, 1] (1: the winner is right, 0.5: a tie)")
-    return label
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Images -> latents, on disk
-
-def to_model(data, height, width):
-    """An image file's bytes -> (3, height, width) in [-1, 1]: scaled to cover that size, then cut in the middle.
-
-    Bilinear with antialias, as Diffusion-DPO's and diffusers' training scripts. Raises UserError if it is no whole image.
-    """
-    try:
-        image = Image.fromarray(read_image(io.BytesIO(data)))
-    except UserError as e:
-        raise UserError("more pixels than Pillow takes" if isinstance(e.__cause__, Image.DecompressionBombError) else "damaged or no image") from e
-    scale = max(height / image.height, width / image.width)
-    w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize((w, h), Image.Resampling.BILINEAR)
-    left, top = (w - width) // 2, (h - height) // 2
-    x = np.asarray(image.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
-class Latents:
-    """Encoded images under folder/<VAE and size>/<sha256 of the image file>.npy: (4, h, w) fp32, times scaling_factor.
-
-    The mean of the VAE's posterior, not a sample of it: its width is far below the noise that training adds.
-    """
-
-    def __init__(self, folder, pipe):
-        vae = hashlib.sha256(repr((latent_shape(pipe), pipe.vae.config.scaling_factor, str(pipe.vae.dtype))).encode())
-        for _, p in sorted(pipe.vae.named_parameters()):
-            vae.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        self.folder, self.pipe, self.shape = os.path.join(folder, vae.hexdigest()[:16]), pipe, latent_shape(pipe)
-        self.bytes = 4 * int(np.prod(self.shape)) + 128  # .npy's header is 128 bytes
-
-    def path(self, key):
-        return os.path.join(self.folder, key[:2], f"{key}.npy")
-
-    def has(self, key):
-        """Whole files alone count: after a power cut one may be short."""
-        try:
-            return os.path.getsize(self.path(key)) == self.bytes
-        except OSError:
-            return False
-
-    @torch.no_grad()
-    def add(self, key, image):
-        """(3, H, W) in [-1, 1] -> its file, written under another name and renamed. One image at a time: in a batch its last bits
-        would depend on its neighbours, and a run that was killed must end with the same bits."""
-        vae, path = self.pipe.vae, self.path(key)
-        temporary = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"  # runs on several machines may share the folder
-        z = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist.mean[0].float() * vae.config.scaling_factor
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(temporary, "wb") as f:
-                np.save(f, z.cpu().numpy(), allow_pickle=False)
-            os.replace(temporary, path)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise UserError(f"cannot write {path} ({e.strerror or e}): free some space, or choose another --cache_dir; what is encoded stays") from e
-
-    def get(self, keys):
-        """(N, 4, h, w) fp32, on the CPU."""
-        try:
-            return torch.from_numpy(np.stack([np.load(self.path(k), allow_pickle=False) for k in keys]))
-        except (OSError, ValueError) as e:
-            raise UserError(f"an encoded image has gone from {self.folder}: --resume encodes it again") from e
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The set
-
-class PairSet:
-    """N pairs: captions, keys of the winners' and losers' latents, weights; digest tells one set from another."""
-
-    def __init__(self, latents, rows, seed=0):
-        self.latents, self.seed, self.epoch = latents, seed, 0
-        self.captions, self.winners, self.losers, self.weights = (list(x) for x in zip(*rows)) if rows else ([], [], [], [])
-        self.digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-    def __len__(self):
-        return len(self.captions)
-
-    def without(self, captions):
-        """The set less the pairs of some captions."""
-        out = {*captions}
-        return PairSet(self.latents, [r for r in zip(self.captions, self.winners, self.losers, self.weights) if r[0] not in out], self.seed)
-
-    def order(self, epoch):
-        """(N,) a permutation: a function of (seed, epoch) alone."""
-        return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self)))
-
-    def batch(self, index, T=1000):
-        """x_w, x_l, eps (B, 4, h, w) fp32 on the CPU; t (B,) uniform in 0..T-1; captions; weight (B,).
-
-        Winner and loser of a pair share t and eps. Both are a function of (seed, epoch, pair), so batches of any size and any
-        number of ranks draw the same.
-        """
-        index = index.tolist()
-        t, eps = [], []
-        for i in index:
-            g = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1, np.uint64)[0]))
-            t.append(torch.randint(T, (), generator=g))
-            eps.append(torch.randn(self.latents.shape, generator=g))
-        x_w, x_l = (self.latents.get([keys[i] for i in index]) for keys in (self.winners, self.losers))
-        return x_w, x_l, torch.stack(eps), torch.stack(t), [self.captions[i] for i in index], torch.tensor([self.weights[i] for i in index])
+class Pair(NamedTuple):
+    caption: str
+    winner: str  # file of its latent
+    loser: str
+    weight: float  # in the loss: |2 label - 1|
 
 
 def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
-    """Reads PATH, encodes what is not encoded yet, and says what was left out. Returns a PairSet.
+    """The PairSet of PATH, its images encoded under cache_dir. Prints what was left out.
 
-    Raises UserError for a wrong table, an empty set, or missing or damaged images: these are named and counted at the end, when all
-    others are encoded; skip_bad leaves their pairs out instead.
+    Raises UserError for a wrong file, an empty set, and for missing or damaged images: these are
+    named once all others are encoded; skip_bad leaves their pairs out instead.
     """
-    latents = Latents(cache_dir, pipe)
-    _, h, w = latents.shape
-    height, width = h * pipe.vae_scale_factor, w * pipe.vae_scale_factor
-    rows, bad, known = [], {}, set()
-    total = ties = same = left_out = 0
-
-    def key_of(name, read):
-        """The name of an image's latent, which is made if need be; None, and a line in `bad`, if the image is no good."""
-        try:
-            data = read()
-            key = hashlib.sha256(data).hexdigest()
-            image = to_model(data, height, width) if key not in known and not latents.has(key) else None
-        except (OSError, ValueError) as e:  # of to_model, or of a name that no file can have
-            bad[name] = e.strerror.lower() if isinstance(e, OSError) else str(e)
-            return None
-        if image is not None:
-            latents.add(key, image)
-        known.add(key)
-        return key
-
+    folder = latents_folder(cache_dir, pipe)
+    pairs, bad_images, left_out = [], set(), collections.Counter()
     with progress_bar(unit=" pairs", desc="reading and encoding pairs", disable=quiet) as bar:
-        for where, caption, winner, loser, label in records(path):
+        for caption, images, label in records(path):
             bar.update()
-            total += 1
-            label = read_label(label, where)
             if label == 0.5:
-                ties += 1
+                left_out["ties (label 0.5 or null)"] += 1
                 continue
-            keys = [key_of(*winner), key_of(*loser)]
-            if None in keys:
-                left_out += 1
-                continue
-            if keys[0] == keys[1]:
-                same += 1
-                continue
-            rows.append((" ".join(caption.split()), *(keys if label > 0.5 else keys[::-1]), abs(2 * label - 1)))
-    if bad:
-        some = "; ".join(f"{k}: {v}" for k, v in list(bad.items())[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        what = f"{len(bad)} {'image is' if len(bad) == 1 else 'images are'} missing or damaged ({some}), {left_out} of {len(rows) + left_out} pairs"
-        if not skip_bad:
-            raise UserError(f"{path}: {what}: mend them, or --skip_bad leaves these pairs out")
-        print(f"left out: {what}")
-    if ties:
-        print(f"left out: {ties} ties (label 0.5, or none in Parquet)")
-    if same:
-        print(f"left out: {same} pairs of an image with itself")
-    if not total:
-        raise UserError(f"{path} is empty: give one with pairs in it ({NAMES})")
-    if not rows:
-        raise UserError(f"{path} holds no pair that can be trained on: give one with at least one clear preference")
-    report_long_captions(pipe, sorted({r[0] for r in rows}))
-    return PairSet(latents, rows, seed)
+            latents = [encode_once(*image, pipe, folder, bad_images) for image in images]
+            if None in latents:
+                left_out["pairs with missing or damaged images"] += 1
+            elif latents[0] == latents[1]:
+                left_out["pairs of an image with itself"] += 1
+            else:
+                winner, loser = latents if label > 0.5 else reversed(latents)
+                pairs.append(Pair(caption, winner, loser, abs(2 * label - 1)))
+    if bad_images and not skip_bad:
+        what = f"{len(bad_images)} images are missing, damaged or too large"
+        names = ", ".join(sorted(bad_images)[:5])
+        raise UserError(f"{path}: {what} ({names}): mend them, or --skip_bad leaves them out")
+    for what, count in left_out.items():
+        print(f"left out: {count} {what}")
+    if not pairs:
+        raise UserError(f"{path} holds no pair that can be trained on: it needs {COLUMNS}")
+    report_long_captions(pipe, {pair.caption for pair in pairs})
+    return PairSet(pairs, pipe, folder, seed)
 
 
 def report_long_captions(pipe, captions):
     """Says how many captions the text encoder cuts."""
     most = pipe.tokenizer.model_max_length
-    long = sum(len(ids) > most for i in range(0, len(captions), 1000)
-               for ids in pipe.tokenizer(captions[i:i + 1000], truncation=False, verbose=False).input_ids)
+    tokens = pipe.tokenizer(list(captions), truncation=False, verbose=False).input_ids
+    long = sum(len(ids) > most for ids in tokens)
     if long:
-        print(f"{long} of {len(captions)} captions are longer than {most} tokens and are cut there")
+        print(f"{long} of {len(captions)} captions are longer than {most} tokens, and cut there")
+
+
+class PairSet:
+    """N pairs, a source of chunks for train.py. Of an image only the latent's name is in memory."""
+
+    def __init__(self, pairs, pipe, folder, seed=0):
+        self.pairs, self.pipe, self.folder, self.seed = pairs, pipe, folder, seed
+        self.captions = [pair.caption for pair in pairs]
+        self.digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def without(self, captions):
+        """The set less the pairs of these captions."""
+        kept = [pair for pair in self.pairs if pair.caption not in captions]
+        return PairSet(kept, self.pipe, self.folder, self.seed)
+
+    def collect(self, run, pairs_a_step, bar=None):
+        """ImagePairs of the next steps, `seen` pairs after the run's start, cut at an epoch's end.
+
+        The chunk's number and progress are of use to a source that samples.
+        """
+        epoch, start = divmod(run.seen, len(self))
+        index = self.order(epoch)[start : start + STEPS_A_CHUNK * pairs_a_step].tolist()
+        t, eps = zip(*[self.draw(epoch, i) for i in index])
+        t, eps = torch.stack(t).to(self.pipe.unet.device), torch.stack(eps)
+        return ImagePairs([self.pairs[i] for i in index], t, eps, self.pipe, self.folder)
+
+    def order(self, epoch):
+        """(N,) a permutation: a function of (seed, epoch) alone."""
+        return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self)))
+
+    def draw(self, epoch, i):
+        """t () and eps (4, h, w) of pair i: a function of (seed, epoch, i) alone."""
+        entropy = np.random.SeedSequence((self.seed, epoch, i))
+        seed = int(entropy.generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(seed)
+        t = torch.randint(len(self.pipe.scheduler.alphas_cumprod), (), generator=generator)
+        return t, torch.randn(latent_shape(self.pipe), generator=generator)
+
+
+class ImagePairs:
+    """n pairs of finished images; winner and loser share the timestep t and the noise eps.
+
+    t (n,) int64; eps (n, 4, h, w) on the CPU; weight (n,), of each pair in the loss; order (n,), in
+    which to train; size, n.
+    """
+
+    def __init__(self, pairs, t, eps, pipe, folder):
+        self.pairs, self.t, self.eps, self.pipe, self.folder = pairs, t, eps, pipe, folder
+        self.weight = torch.tensor([pair.weight for pair in pairs], device=t.device)
+        self.size, self.order = len(pairs), torch.arange(len(pairs))
+
+    def log_ratios(self, policy, index, reduce="mean"):
+        """(u_w, u_l), each (B,), of the pairs `index`: Diffusion-DPO's bound at the pair's t.
+
+        One prediction of either policy on 2B rows, B winners and their B losers; no guidance.
+        """
+        pairs = [self.pairs[k] for k in index.tolist()]
+        files = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
+        scheduler = self.pipe.scheduler
+        alphas_cumprod = scheduler.alphas_cumprod  # (T,), of the device and dtype to compute in
+        x_0 = read_latents(self.folder, files).to(alphas_cumprod)  # (2B, 4, h, w)
+        eps = self.eps[index].repeat(2, 1, 1, 1).to(alphas_cumprod)
+        t = self.t[index].repeat(2)
+        x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(a_t) x_0 + sqrt(1 - a_t) eps
+        text = encode_prompts(self.pipe, [pair.caption for pair in pairs]).repeat(2, 1, 1)
+
+        eps_hat = predict_noise(policy.unet, x_t, t, text, None, 0.0)
+        with policy.reference():
+            eps_ref = predict_noise(policy.unet, x_t, t, text, None, 0.0)
+        return noise_log_ratio(eps_hat, eps_ref, eps, len(alphas_cumprod), reduce).chunk(2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def records(path):
+    """Yields (caption, [winner, loser], label) of PATH's pairs; of an image (name, Path or bytes).
+
+    Raises UserError naming what is wrong, and where.
+    """
+    path = pathlib.Path(path)
+    files = [*path.glob("pairs.csv"), *path.glob("pairs.jsonl")]
+    if len(files) == 2:
+        raise UserError(f"{path} has a pairs.csv and a pairs.jsonl: remove one")
+    for file in files or sorted(path.glob("*.parquet")) or [path]:
+        if not file.is_file() or file.suffix not in (".csv", ".jsonl", ".parquet"):
+            what = f"a folder with a pairs.csv or pairs.jsonl ({COLUMNS}) or with .parquet files"
+            raise UserError(f"no pairs at {str(file)!r}: give {what}, or such a file")
+        for number, row in enumerate(read_rows(file), 1):
+            yield to_record(row, f"row {number} of {file}", file.parent)
+
+
+def read_rows(path):
+    """{column: cell} of the rows of a file, a few in memory at a time."""
+    try:
+        if path.suffix == ".parquet":
+            yield from parquet_rows(path)
+            return
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file, restval="")
+            else:
+                yield from (json.loads(line) for line in file if line.strip())
+    except Exception as error:  # of csv, JSON, UTF-8 and pyarrow: a dozen types
+        why = f"{path} cannot be read as {path.suffix[1:]} ({first_line(error)})"
+        raise UserError(why) from error
+
+
+def parquet_rows(path):
+    """As Pick-a-Pic has them: the images inside, label_0 the one of jpg_0."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=16):
+            columns = batch.select(["caption", "jpg_0", "jpg_1", "label_0"])
+            yield from columns.rename_columns(["caption", "winner", "loser", "label"]).to_pylist()
+
+
+def to_record(row, where, folder):
+    try:
+        cells = {column.strip().lower(): cell for column, cell in row.items()}
+        caption = " ".join((cells.get("prompt") or cells["caption"]).split())
+        caption.encode()  # half a surrogate pair, which JSON can hold, is no text
+        images = []
+        for cell in (cells["winner"], cells["loser"]):
+            is_name = isinstance(cell, str)
+            images.append((cell, folder / cell.strip()) if is_name else (where, cell))
+        label = cells.get("label", "")
+        label = float({"": 1, None: 0.5}.get(label, label))
+        if not caption or not 0 <= label <= 1:
+            raise ValueError("no caption, or a label outside [0, 1]")
+        return caption, images, label
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        hint = f"needed are {COLUMNS}, with commas between them; quote a caption that has commas"
+        raise UserError(f"{where} is {str(row)[:200]}; {hint}") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Images -> latents, on disk
+
+
+def latents_folder(cache_dir, pipe):
+    """cache_dir/<hash of the VAE and the latents' size>. Raises UserError if none can be made."""
+    settings = latent_shape(pipe), pipe.vae.config.scaling_factor, pipe.vae.dtype
+    digest = hashlib.sha256(repr(settings).encode())
+    for weight in pipe.vae.state_dict().values():
+        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    folder = pathlib.Path(cache_dir, digest.hexdigest()[:16])
+    make_folder(folder, "--cache_dir")
+    return folder
+
+
+def encode_once(name, source, pipe, folder, bad_images):
+    """The file in folder, named by its image's hash, of an image's latent; made if it is not there.
+
+    source: a Path, or a file's bytes. None, and its name in bad_images, if it is no whole image.
+    """
+    channels, h, w = latent_shape(pipe)
+    try:
+        if isinstance(source, dict):  # so the hub's Image type writes it
+            source = source["bytes"]
+        data = source.read_bytes() if isinstance(source, pathlib.Path) else source
+        key = hashlib.sha256(data).hexdigest()
+        file = folder / key[:2] / key
+        # after a power cut it may be shorter
+        if file.exists() and file.stat().st_size == 4 * channels * h * w:
+            return f"{key[:2]}/{key}"
+        image = to_model(data, h * pipe.vae_scale_factor, w * pipe.vae_scale_factor)
+    except (KeyError, OSError, TypeError, ValueError):  # no bytes, no file, no image
+        bad_images.add(name)
+        return None
+    write_latent(file, encode(pipe, image))
+
+
+def to_model(data, height, width):
+    """An image file's bytes -> (3, height, width) in [-1, 1]: scaled to cover it, cut in the middle.
+
+    Bilinear with antialias, as Diffusion-DPO does. Raises UserError if it is no whole image.
+    """
+    image = Image.fromarray(read_image(io.BytesIO(data)))
+    image = ImageOps.cover(image, (width, height), Image.Resampling.BILINEAR)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.array(image.crop((left, top, left + width, top + height)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def write_latent(image, vae, path):
+    """(3, H, W) -> (4, h, w) fp32, scaled, in a file.
+
+    One image at a time: in a batch its last bits would depend on its neighbours.
+    """
+    x = image[None].to(vae.device, vae.dtype)
+    z = vae.encode(x).latent_dist.mean[0].float() * vae.config.scaling_factor
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # several runs may write it
+    temporary.write_bytes(z.cpu().numpy().tobytes())
+    temporary.replace(path)
+
+
+def read_latents(folder, names):
+    """(N, 4, h, w) fp32, on the CPU."""
+    return torch.from_numpy(np.stack([np.load(folder / name) for name in names]))
+
+
+def hold_out_captions(data, prompts_file, count):
+    """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
+
+    prompts_file: --prompts names the held-out captions itself. Raises UserError if none is left.
+    """
+    if prompts_file:
+        held_out = read_prompts(prompts_file)[:count]
+    else:
+        captions, held_out = hold_out([pair.caption for pair in data.pairs], count)
+        if captions == held_out:  # one caption alone, on both sides
+            return data, held_out
+    rest = data.without(held_out)
+    if len(rest) == 0:
+        raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")
+    print(f"{len(rest)} pairs to train on, {len(held_out)} prompts held out")
+    return rest, held_out

@@ -10,14 +10,19 @@ import json
 import os
 import re
 import socket
+import sys
+import warnings
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from parts.common import UserError
 
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
+TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
 SPO_PROMPTS_URL = (
     "https://raw.githubusercontent.com/RockeyCoss/SPO/main/"
     "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
@@ -215,7 +220,7 @@ def check_keys(expected, state, path):
             what = f"has {name} of shape {shape}, not {wanted}"
         else:
             continue
-        raise UserError(f"{path} {what}: is it the right file?")
+        raise UserError(f"{path} {what}: is it for this model?")
 
 
 def build(make, state, path, device, dtype=torch.float32):
@@ -234,3 +239,108 @@ def build(make, state, path, device, dtype=torch.float32):
             if buffer.is_meta and name == "position_ids":
                 setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return module.requires_grad_(False).eval().to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stable Diffusions
+
+
+def resolve_model(model):
+    """(folder or hub id, why). "auto" is SD1.5 where there is CUDA, else the toy."""
+    if model == "auto":
+        return (SD15, "CUDA is here") if torch.cuda.is_available() else (TOY, "no CUDA here")
+    return (TOY if model == "toy" else model), "asked for"
+
+
+def read_train_json(where):
+    """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
+    path = os.path.join(where, "train.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+
+
+def find_prompts(where):
+    """Path of the prompts that a model's folder brings, or None."""
+    path = os.path.join(where, "prompts.txt")
+    return path if os.path.exists(path) else None
+
+
+def find_training_prompts(model, path=None, weights=None):
+    """Path of what to train on: --prompts, or the model's own, or SPO's. Raises UserError."""
+    where, _ = resolve_model(model)
+    path = path or find_prompts(where)
+    if path is None and where == SD15:
+        path = find_spo_prompts(weights)
+    if path is None:
+        raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
+    return path
+
+
+def silence_libraries():
+    """No progress bars of theirs between ours, no advice about parts that we do not use."""
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # before diffusers imports what would warn
+    import diffusers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+
+
+def check_folder(folder):
+    """Raises UserError, naming the part, unless folder holds a whole Stable Diffusion."""
+    parts = ("unet", "vae", "text_encoder")
+    configs = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json"]
+    for name in configs + [f"{part}/config.json" for part in parts]:
+        if not os.path.exists(os.path.join(folder, name)):
+            raise UserError(f"model folder {folder!r} lacks {name}: give a whole diffusers folder")
+    for part in parts:
+        names = os.listdir(os.path.join(folder, part))
+        files = [os.path.join(folder, part, n) for n in names if n.endswith(".safetensors")]
+        if not files:
+            raise UserError(f"model folder {folder!r} has no .safetensors in {part}/: convert it")
+        for file in files:
+            try:
+                safe_open(file, "pt")  # reads the header and checks the file's length
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged ({error}): copy it again") from error
+
+
+def ddim_scheduler(config):
+    """A DDIM scheduler from any scheduler's config, corrected aloud, or UserError.
+
+    set_alpha_to_one and steps_offset 0 would make the last step's std 0, and log X infinite;
+    "leading" is what t - T // num_steps assumes; clipped samples are not the Gaussian's.
+    """
+    from diffusers import DDIMScheduler
+
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon" or config.get("rescale_betas_zero_snr"):
+        why = f"this one's scheduler says prediction_type {prediction}"
+        raise UserError(
+            f"only noise-predicting models (epsilon, no zero-SNR) can be aligned: {why}"
+        )
+    needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
+    needed |= dict(steps_offset=1, timestep_spacing="leading")
+    for name, value in needed.items():
+        # what a config leaves unsaid was no choice (from_config would set clip_sample=True)
+        if config.get(name, value) != value:
+            print(f"scheduler corrected: {name} {config[name]} -> {value}", file=sys.stderr)
+    return DDIMScheduler.from_config({**config, **needed})
+
+
+def check_shape(pipe, where):
+    unet, vae = pipe.unet.config, pipe.vae.config
+    if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
+        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
+    if unet.in_channels != vae.latent_channels:
+        channels = (
+            f"its UNet takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
+        )
+        raise UserError(f"{where!r} is not a text-to-image model: {channels}")

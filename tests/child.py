@@ -1,64 +1,79 @@
-"""Commands in processes of their own, to be killed or to talk to each other. They are forked from a server that has imported
-torch, diffusers and transformers already, which takes a command's start from five seconds to a tenth of one."""
+"""Commands in processes of their own, to be killed or to talk to each other.
+
+They are forked from a server that has imported torch, diffusers and transformers already, which
+takes a command's start from five seconds to a tenth of one.
+"""
+
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = [ROOT, os.path.join(ROOT, "tests")]
-sys.path[:0] = [p for p in HERE if p not in sys.path]
-os.environ["PYTHONPATH"] = os.pathsep.join(HERE)  # the server, which imports this file as well, knows no other path before Python 3.13
+sys.path[:0] = [path for path in HERE if path not in sys.path]
+# the server imports this file as well, and knows no other path before Python 3.13
+os.environ["PYTHONPATH"] = os.pathsep.join(HERE)
 
 import diffusers  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import sample  # noqa: E402
-import train  # noqa: E402
+import train  # noqa: E402, F401
+from parts.common import run_cli  # noqa: E402
 
-for lazy in ("StableDiffusionPipeline", "DDIMScheduler", "UNet2DConditionModel", "AutoencoderKL"):
-    getattr(diffusers, lazy)
-for lazy in ("CLIPTextModel", "CLIPTokenizer"):
-    getattr(transformers, lazy)
+for name in ("StableDiffusionPipeline", "DDIMScheduler", "UNet2DConditionModel", "AutoencoderKL"):
+    getattr(diffusers, name)  # both libraries import lazily
+for name in ("CLIPTextModel", "CLIPTokenizer"):
+    getattr(transformers, name)
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["child"])
 
 
-def _main(argv, out, environment, kill, change):
-    """In the child: everything printed goes to the file `out`; kill = (signal name, module, function, at which call)."""
-    with open(out, "wb") as f:
-        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+def _main(argv, output, environment, kill, change):
+    """In the child. Everything printed goes to the file `output`."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     os.environ.update(environment)
     torch.set_num_threads(1)
     if kill:
-        name, module, function, at = kill
-        module, calls = sys.modules[module], []
-        original = getattr(module, function)
-        def bomb(*a, **kw):
-            calls.append(1)
-            if len(calls) == at:
-                os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
-            return original(*a, **kw)
-        setattr(module, function, bomb)
+        _arm(*kill)
     if change:
         change()
     sys.argv = argv
-    sample.run_cli(sys.modules[os.path.splitext(argv[0])[0]].main)
+    run_cli(sys.modules[os.path.splitext(argv[0])[0]].main)
+
+
+def _arm(signal_name, module, function, at_call):
+    """The process sends itself a signal at that call of module.function."""
+    module, calls = sys.modules[module], []
+    original = getattr(module, function)
+
+    def bomb(*args, **options):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), getattr(signal, f"SIG{signal_name}"))
+        return original(*args, **options)
+
+    setattr(module, function, bomb)
 
 
 class Child:
-    """A command that runs: poll() and wait() as subprocess.Popen's; wait returns (exit code, all that it printed)."""
+    """A command that runs. kill: (signal, module, function, at which call of it)."""
 
     def __init__(self, *argv, kill=None, environment=None, change=None):
-        handle, self.out = tempfile.mkstemp(suffix=".log")
+        handle, self.output = tempfile.mkstemp(suffix=".log")
         os.close(handle)
-        self.process = server.Process(target=_main, args=([str(a) for a in argv], self.out, environment or {}, kill, change))
+        words = [str(word) for word in argv]
+        arguments = words, self.output, environment or {}, kill, change
+        self.process = server.Process(target=_main, args=arguments)
         self.process.start()
         self.pid = self.process.pid
 
@@ -66,20 +81,23 @@ class Child:
         return self.process.exitcode
 
     def wait(self, timeout=150):
+        """(exit code, all that it printed)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-        with open(self.out, errors="replace") as f:
-            return self.process.exitcode, f.read()
+        with open(self.output, errors="replace") as file:
+            return self.process.exitcode, file.read()
 
 
 def ranks(*argv, n=2, change=None):
     """The same command as n ranks, as torchrun would start them; [(exit code, output)] by rank."""
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    children = [Child(*argv, change=change, environment=dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                                                             MASTER_PORT=str(port))) for r in range(n)]
-    return [c.wait() for c in children]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(n):
+        world = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
+        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        children.append(Child(*argv, change=change, environment=world))
+    return [child.wait() for child in children]

@@ -1,27 +1,34 @@
-"""What the tests share: a micro model of SD1.5's classes with random weights, and commands run in this process."""
+"""What the tests share: a micro model with random weights, and commands run in this process."""
+
 import importlib
+import json
 import os
 import sys
+
+import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network, nor wait for one
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+with open(os.path.join(ROOT, "toy", "prompts.txt")) as prompts:
+    PROMPTS = prompts.read().splitlines()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # -n 2: a worker a core
 
-import sample  # noqa: E402
-from toy import make  # noqa: E402
-from toy import world as toy  # noqa: E402
-import train  # noqa: E402
+# What imports modules of ours stands inside the fixtures: a module that is being rewritten then
+# fails its own tests and no others.
 
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """A folder with a Stable Diffusion of 0.1 M random parameters, 12x12 latents, 48x48 images: not the toy's size."""
+    """A folder with a Stable Diffusion of SD1.5's classes, 0.1 M random parameters.
+
+    12 x 12 latents, 48 x 48 images: not the toy's size.
+    """
+    from toy import make
+
     folder = str(tmp_path_factory.mktemp("models") / "micro")
     torch.manual_seed(1)
     pipe = make.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
@@ -29,54 +36,96 @@ def micro(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def pipe(micro):
+    from parts.model import load_pipeline
+
+    return load_pipeline(micro)
+
+
+def shake(policy, seed=0, scale=0.1):
+    """Moves a policy off its reference, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    moving = policy.parameters if policy.full else [m.lora_B for m in policy.layers.values()]
+    for parameter in moving:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += (scale * noise).to(parameter)
+
+
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(toy.prompts()[:8]) + "\n")
+    path.write_text("\n".join(PROMPTS[:8]) + "\n")
     return str(path)
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("train.py", "--div", "js", ...) -> (exit code, stdout, stderr), run in this process."""
+    """command("train.py", "--div", "js", ...) -> (exit code, stdout, stderr), in this process."""
+    from parts.common import run_cli
+
     def run(script, *argv):
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
         capsys.readouterr()
         try:
-            sample.run_cli(module.main)
+            run_cli(module.main)
             code = 0
-        except SystemExit as e:
-            code = e.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
     return run
 
 
 @pytest.fixture
 def small_run(micro, prompts_file):
-    """Flags of a training run of some seconds: 6 training prompts, 2 rollouts an epoch, every candidate a valid pair."""
-    return ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--num_epochs", 1, "--sample_batch_size", 3,
-            "--num_children", 2, "--first_step", 1, "--threshold", 0, "--num_inference_steps", 4, "--train_batch_size", 2,
-            "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--rank", 2, "--num_eval_prompts", 2,
-            "--images_per_prompt", 2, "--device", "cpu", "--checkpointing_steps", 2]
+    """Flags of a training run of some seconds: 6 training prompts, 2 rollouts an epoch, and every
+    x_t from the second step on gives a pair."""
+    flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--num_epochs", 1]
+    flags += ["--sample_batch_size", 3, "--num_children", 2, "--first_step", 1, "--threshold", 0]
+    flags += ["--num_inference_steps", 4, "--train_batch_size", 2]
+    flags += ["--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--rank", 2]
+    return flags + ["--num_eval_prompts", 2, "--images_per_prompt", 2, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def weights_dir(tmp_path_factory):
     import weights
+
     return weights.weights_folder(str(tmp_path_factory.mktemp("weights")))
+
+
+def shrink_judges(set_attribute, weights_dir):
+    """The four architectures that no config.json states, shrunk to fit the weights folder."""
+    import weights
+
+    from parts.judges import JUDGES
+
+    with open(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K", "config.json")) as file:
+        tiny = json.load(file)
+    configs = dict(step_aware=tiny, hps=tiny, imagereward=weights.BLIP)
+    configs["vqascore"] = weights.FLANT5_VISION
+    for name, config in configs.items():
+        set_attribute(JUDGES[name], "CONFIG", config)
 
 
 @pytest.fixture
 def tiny_judges(monkeypatch, weights_dir):
-    """The weights folder, with the three architectures that no config.json states shrunk to fit it."""
-    from transformers import CLIPConfig
-
-    from parts import judges
-    import weights
-    config = CLIPConfig.from_pretrained(os.path.join(weights_dir, "CLIP-ViT-H-14-laion2B-s32B-b79K"))
-    monkeypatch.setattr(judges, "vit_h", lambda: config)
-    monkeypatch.setattr(judges.ImageReward, "SIZES", weights.BLIP)
-    monkeypatch.setattr(judges.VQAScore, "VISION", weights.EYE)
+    shrink_judges(monkeypatch.setattr, weights_dir)
     return weights_dir
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 5 kB: to the process, a disk that fills up while it writes."""
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)

@@ -1,19 +1,22 @@
-"""Table 1 against autograd, and against itself in float64."""
+"""Table 1 against autograd, against the textbooks' formulas, and against itself in float64."""
+
+import math
+
 import pytest
 import torch
 
 import divergences
 from divergences import NAMES, get_divergence
 
-ROWS = [(n, None) for n in NAMES if n != "alpha"] + [("alpha", a) for a in (0.2, 0.4, 0.6, 0.8)]
+ALPHAS = (0.2, 0.4, 0.6, 0.8)  # the paper's
+ROWS = [(name, None) for name in NAMES if name != "alpha"] + [("alpha", a) for a in ALPHAS]
+X = torch.logspace(-3, 3, 401, dtype=torch.float64)
+ONE = torch.ones(1, dtype=torch.float64)
 
 
-@pytest.fixture(params=ROWS, ids=lambda r: r[0] + (str(r[1]) if r[1] else ""))
+@pytest.fixture(params=ROWS, ids=lambda row: row[0] + str(row[1] or ""))
 def div(request):
     return get_divergence(*request.param)
-
-
-X = torch.logspace(-3, 3, 401, dtype=torch.float64)
 
 
 def derivative(f, x):
@@ -21,95 +24,147 @@ def derivative(f, x):
     return torch.autograd.grad(f(x).sum(), x)[0]
 
 
+# --------------------------------------------------------------------------------------------------
+# f, f' and f''
+
+
 def test_names_are_the_public_six():
-    assert NAMES == ("rkl", "fkl", "alpha", "js", "jeffreys", "chi2kl")
+    assert tuple(NAMES) == ("rkl", "fkl", "alpha", "js", "jeffreys", "chi2kl")
 
 
-def test_f_prime_and_second_are_the_derivatives(div):
+def test_f_prime_and_f_second_are_the_derivatives(div):
     torch.testing.assert_close(div.df(X), derivative(div.f, X), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(div.d2f(X), derivative(div.df, X), rtol=1e-10, atol=1e-12)
 
 
 def test_f_is_convex_and_zero_at_one(div):
-    one = torch.ones(1, dtype=torch.float64)
-    assert div.f(one).abs() < 1e-14
+    assert div.f(ONE).abs() < 1e-14
     assert (div.d2f(X) > 0).all()
-    assert div.curvature == pytest.approx(div.d2f(one).item(), rel=1e-14)
+
+
+def test_curvature_is_the_docstrings_f_second_at_one(div):
+    printed = {"js": 0.5, "jeffreys": 2.0, "chi2kl": 2.0}
+    assert div.curvature == pytest.approx(printed.get(div.name, 1.0), rel=1e-14)
 
 
 def test_theorem_1_zero_is_outside_the_domain_of_f_prime(div):
-    """f'(0+) = -inf: it falls below any bound, and f' is strictly increasing, so it can be inverted."""
+    """f'(0+) = -inf: f' falls below any bound, and rises strictly, so that it can be inverted."""
     tiny = torch.logspace(-300, -1, 50, dtype=torch.float64)
     assert (div.df(tiny).diff() > 0).all()
     assert div.df(tiny[:1]) < -600
 
 
-def test_the_textbook_divergences():
-    """E_q[f(p/q)] against the textbook formulas on two random distributions."""
-    p, q = (torch.rand(2, 50, dtype=torch.float64) + 0.01).unbind()
+def test_expectations_of_f_are_the_textbook_divergences():
+    """E_q[f(p/q)] of two random distributions p, q."""
+    p, q = torch.rand(2, 50, dtype=torch.float64) + 0.01
     p, q = p / p.sum(), q / q.sum()
-    m = (p + q) / 2
-    kl = lambda a, b: (a * (a / b).log()).sum()
-    D = lambda *a: (q * get_divergence(*a).f(p / q)).sum()
-    torch.testing.assert_close(D("rkl"), kl(p, q))
-    torch.testing.assert_close(D("fkl"), kl(q, p))
-    torch.testing.assert_close(D("js"), kl(p, m) + kl(q, m))
-    torch.testing.assert_close(D("jeffreys"), kl(p, q) + kl(q, p))
-    torch.testing.assert_close(D("chi2kl"), ((p - q) ** 2 / q).sum() / 2 + kl(p, q))
-    torch.testing.assert_close(D("alpha", 0.5), 4 * (1 - (p * q).sqrt().sum()))  # 4 (1 - Bhattacharyya)
+    middle = (p + q) / 2
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum()
+
+    def divergence(*row):
+        return (q * get_divergence(*row).f(p / q)).sum()
+
+    chi_square = ((p - q) ** 2 / q).sum()
+    bhattacharyya = (p * q).sqrt().sum()
+    torch.testing.assert_close(divergence("rkl"), kl(p, q))
+    torch.testing.assert_close(divergence("fkl"), kl(q, p))
+    torch.testing.assert_close(divergence("js"), kl(p, middle) + kl(q, middle))
+    torch.testing.assert_close(divergence("jeffreys"), kl(p, q) + kl(q, p))
+    torch.testing.assert_close(divergence("chi2kl"), chi_square / 2 + kl(p, q))
+    torch.testing.assert_close(divergence("alpha", 0.5), 4 * (1 - bhattacharyya))
+
+
+# --------------------------------------------------------------------------------------------------
+# The reward
 
 
 def test_reward_is_f_prime_of_the_ratio(div):
     u = torch.linspace(-6, 6, 1001, dtype=torch.float64)
-    want = div.df(u.exp()) - div.df(torch.ones(1, dtype=torch.float64))
-    torch.testing.assert_close(div.reward(u), want, rtol=1e-9, atol=1e-13)
+    expected = div.df(u.exp()) - div.df(ONE)
+    torch.testing.assert_close(div.reward(u), expected, rtol=1e-9, atol=1e-13)
+
+
+def closed_form(name, u):
+    """f'(e^u) - f'(1) without cancellation near u = 0, in float64."""
+    if name.startswith("alpha"):
+        a = float(name.removeprefix("alpha"))
+        return -torch.expm1(-a * u) / a
+    forms = {
+        "rkl": u,
+        "fkl": -torch.expm1(-u),
+        "js": -torch.log1p(torch.expm1(-u) / 2),
+        "jeffreys": u - torch.expm1(-u),
+        "chi2kl": u + torch.expm1(u),
+    }
+    return forms[name]
 
 
 def test_reward_in_fp32_is_finite_and_accurate_to_80(div):
-    """Against f'(e^u) - f'(1) in float64; near 0 as well, where log X of training lives and exp(u) has lost its digits."""
+    """Near 0 as well, where log X of training lives and exp(u) has lost its digits."""
     near = torch.logspace(-7, 0, 200)
     u = torch.cat([-near.flip(0), near, torch.linspace(-80, 80, 3201)]).requires_grad_()
-    got = div.reward(u)
-    wide = u.detach().double()
-    # f'(e^u) - f'(1) itself is exact enough in float64 only away from 0; the closed forms are, everywhere
-    want = {"rkl": lambda v: v, "fkl": lambda v: -torch.expm1(-v), "js": lambda v: -torch.log1p(torch.expm1(-v) / 2),
-            "jeffreys": lambda v: v - torch.expm1(-v), "chi2kl": lambda v: v + torch.expm1(v)}.get(
-        div.name, lambda v: -torch.expm1(-float(div.name.removeprefix("alpha")) * v) / float(div.name.removeprefix("alpha")))(wide)
-    assert got.isfinite().all()
-    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=0)
-    slope, = torch.autograd.grad(got.sum(), u)
+    exact_u = u.detach().double()
+    reward = div.reward(u)
+    assert reward.isfinite().all()
+    expected = closed_form(div.name, exact_u)
+    torch.testing.assert_close(reward.double(), expected, rtol=2e-5, atol=0)
+    (slope,) = torch.autograd.grad(reward.sum(), u)
     assert slope.isfinite().all()
-    torch.testing.assert_close(slope.double(), (div.d2f(wide.exp()) * wide.exp()), rtol=2e-5, atol=2e-7)
+    expected = div.d2f(exact_u.exp()) * exact_u.exp()  # the chain rule
+    torch.testing.assert_close(slope.double(), expected, rtol=2e-5, atol=2e-7)
 
 
-def test_limits_of_alpha():
+@pytest.mark.parametrize("alpha, name", [(1e-6, "rkl"), (1 - 1e-6, "fkl")])
+def test_limits_of_alpha(alpha, name):
     u = torch.linspace(-3, 3, 101, dtype=torch.float64)
-    for a, name in ((1e-6, "rkl"), (1 - 1e-6, "fkl")):
-        torch.testing.assert_close(get_divergence("alpha", a).reward(u), get_divergence(name).reward(u), rtol=1e-4, atol=1e-4)
+    limit = get_divergence(name).reward(u)
+    torch.testing.assert_close(get_divergence("alpha", alpha).reward(u), limit, rtol=0, atol=1e-4)
 
 
-def test_jensen_shannon_at_twice_beta_is_reverse_kl_near_one():
+def test_near_one_jensen_shannon_at_twice_beta_is_reverse_kl():
     u = torch.linspace(-0.1, 0.1, 41, dtype=torch.float64)
-    gap = 2 * get_divergence("js").reward(u) - get_divergence("rkl").reward(u)
-    assert gap.abs().max() < 0.1 ** 2 / 2
+    difference = 2 * get_divergence("js").reward(u) - get_divergence("rkl").reward(u)
+    assert difference.abs().max() < 0.1**2 / 2
 
 
-@pytest.mark.parametrize("name, alpha, words", [
-    ("kl", None, "choose one of rkl"), ("alpha", None, "needs alpha"), ("alpha", 0, "strictly between"),
-    ("alpha", 1, "strictly between"), ("alpha", float("nan"), "strictly between"), ("js", 0.5, "drop it")])
-def test_wrong_names_and_alphas(name, alpha, words):
+# --------------------------------------------------------------------------------------------------
+# Names
+
+
+@pytest.mark.parametrize(
+    "name, alpha, words",
+    [
+        ("kl", None, "choose one of rkl"),
+        ("alpha", None, "needs --alpha"),
+        ("alpha", 0, "strictly between"),
+        ("alpha", 1, "strictly between"),
+        ("alpha", math.nan, "strictly between"),
+        ("js", 0.5, "drop it"),
+    ],
+)
+def test_wrong_names_and_alphas_are_refused(name, alpha, words):
     with pytest.raises(ValueError, match=words):
         get_divergence(name, alpha)
 
 
-def test_your_own_divergence_as_the_docstring_says(monkeypatch):
-    """The three lines are taken from the module's head and run as they stand there."""
-    lines = divergences.__doc__.split("knows it by its name:\n")[1].split("\n(reverse")[0]
-    monkeypatch.setattr(divergences, "TABLE", dict(divergences.TABLE))
-    exec(lines.replace("\n    ", "\n").strip(), vars(divergences))
-    name = next(n for n in divergences.TABLE if n not in NAMES)
-    mine = get_divergence(name)
+def test_your_own_divergence_is_the_statement_in_the_docstring(monkeypatch):
+    """It is taken from the module's head and run as it stands there."""
+    statement = divergences.__doc__.split("knows it by its name:\n")[1].split("\n(reverse")[0]
+    table, before = dict(divergences.TABLE), set(NAMES)
+    monkeypatch.setattr(divergences, "TABLE", table)
+    exec(statement.strip(), vars(divergences))
+    (name,) = table.keys() - before
+    mine, rkl, fkl = get_divergence(name), get_divergence("rkl"), get_divergence("fkl")
+    torch.testing.assert_close(mine.f(X), rkl.f(X) + fkl.f(X) / 10)
     torch.testing.assert_close(mine.df(X), derivative(mine.f, X), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mine.d2f(X), derivative(mine.df, X), rtol=1e-9, atol=1e-9)
     u = torch.linspace(-2, 2, 11, dtype=torch.float64)
-    torch.testing.assert_close(mine.reward(u), mine.df(u.exp()) - mine.df(torch.ones(1, dtype=torch.float64)))
-    assert mine.curvature == pytest.approx(mine.d2f(torch.ones(1)).item())
+    torch.testing.assert_close(mine.reward(u), mine.df(u.exp()) - mine.df(ONE))
+
+
+def test_names_is_a_view_that_knows_what_is_added(monkeypatch):
+    monkeypatch.setitem(divergences.TABLE, "mine", divergences.rkl)
+    assert "mine" in NAMES
+    assert get_divergence("mine").name == "rkl"

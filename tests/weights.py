@@ -1,7 +1,12 @@
-"""Judges' weights in the formats of the hub, tiny and random: from a tensor's name in the reference's checkpoint come the
-same numbers on every machine, so that the references' own code could be run on them (golden/*.json)."""
+"""Judges' weights in the formats of the hub, tiny and random.
+
+From a tensor's name in the reference's checkpoint come the same numbers on every machine, so that
+the references' own code could be run on them: golden/*.json holds what it said.
+"""
+
 import json
 import os
+import string
 import zlib
 
 import numpy as np
@@ -10,210 +15,300 @@ import torch
 from toy import make
 from toy import world as toy
 
-HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
 
 def golden(name):
-    with open(os.path.join(HERE, name)) as f:
-        return json.load(f)
+    with open(os.path.join(GOLDEN, name)) as file:
+        return json.load(file)
 
 
-def normal(name, shape):
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+# --------------------------------------------------------------------------------------------------
+# Numbers from names
+
+
+def random_state(name):
+    return np.random.RandomState(zlib.crc32(name.encode()))
+
+
+def noise(name, shape):
+    return torch.from_numpy(random_state(name).standard_normal(tuple(shape)).astype(np.float32))
+
+
+def ids(name, shape, high, low=4):
+    numbers = random_state(name).randint(low, high, tuple(shape))
+    return torch.from_numpy(numbers.astype(np.int64))
 
 
 def fill(name, shape):
-    x = normal(name, shape)
+    x = random_state(name).standard_normal(tuple(shape))
     if name.endswith("logit_scale"):
         x = np.log(100.0) + 0 * x
     elif len(shape) <= 1:
-        x = (1 + 0.1 * x) if name.endswith(".weight") else 0.1 * x
+        x = 1 + 0.1 * x if name.endswith(".weight") else 0.1 * x
     else:
         x = x / np.sqrt(np.prod(shape[1:]))
     return torch.from_numpy(np.asarray(x, dtype=np.float32).reshape(tuple(shape)).copy())
 
 
-def noise(name, shape):
-    return torch.from_numpy(normal(name, shape).astype(np.float32))
+def filled(shapes, prefix=""):
+    return {name: fill(prefix + name, shape) for name, shape in shapes.items()}
 
 
-def ids(name, shape, high, low=4):
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).randint(low, high, tuple(shape)).astype(np.int64))
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
-def alexnet_files(folder):
-    """alexnet-owt-7be5be79.pth as torchvision has it (the classifier cut short), alex.pth as the lpips package has it."""
-    channels, kernels = (3, 64, 192, 384, 256, 256), (11, 5, 3, 3, 3)
-    trunk = {"classifier.1.weight": torch.zeros(2, 2)}
-    inputs = (3, 64, 192, 384, 256)
-    for i, n, o, k in zip((0, 3, 6, 8, 10), inputs, channels[1:], kernels):
-        trunk |= {f"features.{i}.{w}": fill(f"features.{i}.{w}", s) for w, s in (("weight", (o, n, k, k)), ("bias", (o,)))}
-    torch.save(trunk, os.path.join(folder, "alexnet-owt-7be5be79.pth"))
-    names = [f"lin{k}.model.1.weight" for k in range(5)]
-    torch.save({n: fill(n, (1, c, 1, 1)).abs() for n, c in zip(names, channels[1:])}, os.path.join(folder, "alex.pth"))
+def head_state(width):
+    """The linear head of the aesthetic predictor, in its file's names."""
+    widths = [width, 1024, 128, 64, 16, 1]
+    shapes = {}
+    for number, inputs, outputs in zip((0, 2, 4, 6, 7), widths, widths[1:]):
+        shapes[f"layers.{number}.weight"] = (outputs, inputs)
+        shapes[f"layers.{number}.bias"] = (outputs,)
+    return filled(shapes, "mlp.")
 
 
-def head_state(width, prefix):
-    sizes = [width, 1024, 128, 64, 16, 1]
-    return {f"{prefix}{i}.{w}": fill(f"mlp.layers.{i}.{w}", s) for i, n, o in zip((0, 2, 4, 6, 7), sizes, sizes[1:])
-            for w, s in (("weight", (o, n)), ("bias", (o,)))}
-
-
-def tiny_clip(folder, seed=0, act="gelu"):
-    """A CLIPModel folder, safetensors, with the toy's tokenizer. Returns the model."""
+def tiny_clip(folder, seed=0, activation="gelu"):
+    """A CLIPModel's folder with the toy's tokenizer. Returns the model."""
     from transformers import CLIPConfig, CLIPModel
+
     words = make.tokenizer()
     torch.manual_seed(seed)
-    text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act=act,
-                max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, hidden_act=act)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=.2) if p.ndim > 1 else None
+    both = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act=activation,
+    )
+    text = dict(
+        vocab_size=len(words),
+        max_position_embeddings=16,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    vision = dict(image_size=28, patch_size=14)
+    config = CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=8)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, safe_serialization=True)
     words.save_pretrained(folder)
     return model
 
 
 def to_open_clip(clip):
-    """A CLIPModel's weights under open_clip's names: written here the other way round than in judges.py, by hand."""
-    s = {k: v.detach().clone() for k, v in clip.state_dict().items()}
-    out = {"logit_scale": s["logit_scale"], "text_projection": s["text_projection.weight"].T, "visual.proj": s["visual_projection.weight"].T,
-           "token_embedding.weight": s["text_model.embeddings.token_embedding.weight"],
-           "positional_embedding": s["text_model.embeddings.position_embedding.weight"],
-           "visual.class_embedding": s["vision_model.embeddings.class_embedding"],
-           "visual.positional_embedding": s["vision_model.embeddings.position_embedding.weight"],
-           "visual.conv1.weight": s["vision_model.embeddings.patch_embedding.weight"]}
-    for w in ("weight", "bias"):
-        out |= {f"ln_final.{w}": s[f"text_model.final_layer_norm.{w}"], f"visual.ln_pre.{w}": s[f"vision_model.pre_layrnorm.{w}"],
-                f"visual.ln_post.{w}": s[f"vision_model.post_layernorm.{w}"]}
-        for tower, prefix in (("text_model", ""), ("vision_model", "visual.")):
-            for i in range(2):
-                a, b = f"{tower}.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
-                out[f"{b}attn.in_proj_{w}"] = torch.cat([s[f"{a}self_attn.{x}_proj.{w}"] for x in "qkv"])
-                for mine, theirs in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                                     ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
-                    out[f"{b}{theirs}.{w}"] = s[f"{a}{mine}.{w}"]
-    return {k: v.contiguous() for k, v in out.items()}
+    """A CLIPModel's weights under open_clip's names: by hand, the other way round than the code."""
+    theirs = {k: v.detach().clone() for k, v in clip.state_dict().items()}
+    state = {
+        "logit_scale": theirs["logit_scale"],
+        "text_projection": theirs["text_projection.weight"].T,
+        "visual.proj": theirs["visual_projection.weight"].T,
+    }
+    for mine, name in {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+        "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+        "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+        "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    }.items():
+        state[mine] = theirs[name]
+    parts = {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for tower, prefix in (("text_model", ""), ("vision_model", "visual.")):
+        for i in range(2):
+            layer, block = f"{tower}.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
+            for kind in ("weight", "bias"):
+                projections = [theirs[f"{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+                state[f"{block}.attn.in_proj_{kind}"] = torch.cat(projections)
+                for mine, name in parts.items():
+                    state[f"{block}.{mine}.{kind}"] = theirs[f"{layer}.{name}.{kind}"]
+    return {k: v.contiguous() for k, v in state.items()}
 
 
 def step_aware_state(clip, plain=False):
-    """The public checkpoint's names: a CLIPModel's, and the time conditioning's. plain: gates 1, shifts and scales 0."""
-    H = clip.config.vision_config.hidden_size
-    state = {f"model.{k}": v.detach().clone() for k, v in clip.state_dict().items()} | {"model.text_model.embeddings.position_ids": torch.arange(16)[None]}
-    for name, n in (*((f"vision_model.encoder.layers.{i}.", 6) for i in range(clip.config.vision_config.num_hidden_layers)), ("vision_model.", 2)):
-        key = f"model.{name}adaLN_modulation.1."
-        gates = torch.tensor([0., 0., 1., 0., 0., 1.] if n == 6 else [0., 0.]).repeat_interleave(H)
-        state |= {key + "weight": torch.zeros(n * H, H), key + "bias": gates} if plain else {
-            key + "weight": fill(key + "weight", (n * H, H)), key + "bias": gates + fill(key + "bias", (n * H,))}
-    for i, width in ((0, 256), (2, H)):
-        key = f"model.t_embedder.mlp.{i}."
-        state |= {key + "weight": fill(key + "weight", (H, width)), key + "bias": fill(key + "bias", (H,))}
-    return state
+    """The public checkpoint: a CLIPModel and its time conditioning, all under "model.".
+
+    plain: gates 1, shifts and scales 0, whatever the time.
+    """
+    width = clip.config.vision_config.hidden_size
+    state = {k: v.detach().clone() for k, v in clip.state_dict().items()}
+    state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    layers = range(clip.config.vision_config.num_hidden_layers)
+    at_rest = {f"vision_model.encoder.layers.{i}.": [0.0, 0, 1, 0, 0, 1] for i in layers}
+    at_rest["vision_model."] = [0.0, 0]
+    state = {f"model.{k}": v for k, v in state.items()}
+    for place, values in at_rest.items():
+        weight = f"model.{place}adaLN_modulation.1.weight"
+        bias = f"model.{place}adaLN_modulation.1.bias"
+        rows = len(values) * width
+        state[weight] = torch.zeros(rows, width)
+        state[bias] = torch.tensor(values).repeat_interleave(width)
+        if not plain:
+            state[weight] = fill(weight, (rows, width))
+            state[bias] = state[bias] + fill(bias, (rows,))
+    shapes = {"0.weight": (width, 256), "0.bias": (width,)}
+    shapes |= {"2.weight": (width, width), "2.bias": (width,)}
+    return state | filled({f"model.t_embedder.mlp.{k}": v for k, v in shapes.items()})
 
 
-BLIP = dict(vision=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=16,
-                        hidden_act="gelu", layer_norm_eps=1e-6),
-            text=dict(vocab_size=120, hidden_size=24, encoder_hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                      num_attention_heads=4, layer_norm_eps=1e-12, max_position_embeddings=64, hidden_act="gelu"))
-EYE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14,
-           projection_dim=24, hidden_act="quick_gelu")
-T5 = dict(d_model=48, d_kv=8, d_ff=96, num_layers=3, num_decoder_layers=3, num_heads=6, vocab_size=128, relative_attention_num_buckets=32)
+# The names and shapes of these two are those that the packages' own classes had at these sizes
+BLIP = dict(
+    vision=dict(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=16,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    ),
+    text=dict(
+        vocab_size=120,
+        hidden_size=24,
+        encoder_hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        layer_norm_eps=1e-12,
+        max_position_embeddings=64,
+        hidden_act="gelu",
+    ),
+)
+FLANT5_VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=28,
+    patch_size=14,
+    projection_dim=24,
+    hidden_act="quick_gelu",
+)
+T5 = dict(
+    d_model=48,
+    d_kv=8,
+    d_ff=96,
+    num_layers=3,
+    num_decoder_layers=3,
+    num_heads=6,
+    vocab_size=128,
+    relative_attention_num_buckets=32,
+)
 
 
 def blip_state():
-    """ImageReward.pt, tiny: what the package's BLIP_Pretrain class and MLP hold, in their names."""
-    w, t, m = 32, 24, 128
-    shapes = {"visual_encoder.cls_token": (1, 1, w), "visual_encoder.pos_embed": (1, 5, w), "visual_encoder.patch_embed.proj.weight": (w, 3, 16, 16),
-              "visual_encoder.patch_embed.proj.bias": (w,), "vision_proj.weight": (8, w), "vision_proj.bias": (8,), "text_proj.weight": (8, t),
-              "text_proj.bias": (8,), "text_encoder.embeddings.word_embeddings.weight": (120, t),
-              "text_encoder.embeddings.position_embeddings.weight": (64, t)}
-    def linear(name, o, n):
-        shapes.update({f"{name}.weight": (o, n), f"{name}.bias": (o,)})
-    def norm(name, n):
-        shapes.update({f"{name}.weight": (n,), f"{name}.bias": (n,)})
-    norm("visual_encoder.norm", w)
-    norm("text_encoder.embeddings.LayerNorm", t)
-    for i in range(3):
-        b = f"visual_encoder.blocks.{i}."
-        norm(b + "norm1", w), norm(b + "norm2", w), linear(b + "attn.qkv", 3 * w, w), linear(b + "attn.proj", w, w)
-        linear(b + "mlp.fc1", m, w), linear(b + "mlp.fc2", w, m)
-        b = f"text_encoder.encoder.layer.{i}."
-        for attention, source in (("attention", t), ("crossattention", w)):
-            linear(f"{b}{attention}.self.query", t, t), linear(f"{b}{attention}.self.key", t, source), linear(f"{b}{attention}.self.value", t, source)
-            linear(f"{b}{attention}.output.dense", t, t), norm(f"{b}{attention}.output.LayerNorm", t)
-        linear(b + "intermediate.dense", 48, t), linear(b + "output.dense", t, 48), norm(b + "output.LayerNorm", t)
-    state = {f"blip.{k}": fill(f"blip.{k}", s) for k, s in shapes.items()} | head_state(t, "mlp.layers.")
-    return state | {"blip.text_encoder.embeddings.position_ids": torch.arange(64)[None]}
+    """ImageReward.pt, with what BLIP's contrastive loss used as well."""
+    state = filled(golden("imagereward.json")["tiny_keys"])
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    return state | {
+        "blip.vision_proj.weight": torch.ones(8, 32),
+        "blip.text_proj.bias": torch.ones(8),
+    }
 
 
 def flant5_state():
-    """clip-flant5, tiny, in its checkpoint's names."""
-    d, inner, ff = 48, 48, 96
-    shapes = {"shared.weight": (128, d), "lm_head.weight": (128, d), "mm_projector.0.weight": (d, 32), "mm_projector.0.bias": (d,),
-              "mm_projector.2.weight": (d, d), "mm_projector.2.bias": (d,)}
-    for part in ("encoder", "decoder"):
-        shapes[f"{part}.final_layer_norm.weight"] = (d,)
-        shapes[f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 6)
-        for i in range(3):
-            attentions = [("SelfAttention", 0)] + ([("EncDecAttention", 1)] if part == "decoder" else [])
-            for name, j in attentions:
-                b = f"{part}.block.{i}.layer.{j}."
-                shapes |= {f"{b}{name}.{x}.weight": (inner, d) for x in "qkv"} | {f"{b}{name}.o.weight": (d, inner), f"{b}layer_norm.weight": (d,)}
-            b = f"{part}.block.{i}.layer.{len(attentions)}."
-            shapes |= {f"{b}DenseReluDense.wi_0.weight": (ff, d), f"{b}DenseReluDense.wi_1.weight": (ff, d),
-                       f"{b}DenseReluDense.wo.weight": (d, ff), f"{b}layer_norm.weight": (d,)}
-    eye, w = "vision_tower.vision_tower.vision_model.", 32
-    shapes |= {f"{eye}embeddings.class_embedding": (w,), f"{eye}embeddings.patch_embedding.weight": (w, 3, 14, 14),
-               f"{eye}embeddings.position_embedding.weight": (5, w)}
-    pairs = [("pre_layrnorm", w, 0), ("post_layernorm", w, 0)]
-    for i in range(3):
-        b = f"encoder.layers.{i}."
-        pairs += [(f"{b}layer_norm1", w, 0), (f"{b}layer_norm2", w, 0), (f"{b}mlp.fc1", 64, w), (f"{b}mlp.fc2", w, 64)]
-        pairs += [(f"{b}self_attn.{x}_proj", w, w) for x in ("q", "k", "v", "out")]
-    for name, o, n in pairs:
-        shapes |= {f"{eye}{name}.weight": (o, n) if n else (o,), f"{eye}{name}.bias": (o,)}
-    return {k: fill(k, s) for k, s in shapes.items()}
+    return filled(golden("vqascore.json")["tiny_keys"])
+
+
+def alexnet_files(folder):
+    """alexnet-owt-7be5be79.pth as torchvision has it, alex.pth as the lpips package has it."""
+    trunk = {
+        "features.0.weight": (64, 3, 11, 11),
+        "features.0.bias": (64,),
+        "features.3.weight": (192, 64, 5, 5),
+        "features.3.bias": (192,),
+        "features.6.weight": (384, 192, 3, 3),
+        "features.6.bias": (384,),
+        "features.8.weight": (256, 384, 3, 3),
+        "features.8.bias": (256,),
+        "features.10.weight": (256, 256, 3, 3),
+        "features.10.bias": (256,),
+    }
+    state = filled(trunk) | {"classifier.1.weight": torch.zeros(2, 2)}  # cut short: it is not used
+    torch.save(state, os.path.join(folder, "alexnet-owt-7be5be79.pth"))
+    channels = (64, 192, 384, 256, 256)
+    heads = filled({f"lin{k}.model.1.weight": (1, c, 1, 1) for k, c in enumerate(channels)})
+    torch.save({k: v.abs() for k, v in heads.items()}, os.path.join(folder, "alex.pth"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def caption_words():
+    return sorted({word for caption in toy.CAPTIONS for word in caption.split()})
 
 
 def bert_tokenizer(folder):
     from transformers import BertTokenizer
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for c in toy.CAPTIONS for w in c.split()}), *"abcdefghijklmnopqrstuvwxyz"]
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True).save_pretrained(folder)
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = special + caption_words() + list(string.ascii_lowercase)
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    BertTokenizer(vocab=vocabulary, do_lower_case=True).save_pretrained(folder)
 
 
 def t5_tokenizer(folder):
-    """A SentencePiece-like vocabulary in tokenizer.json, as the hub's, in which "Yes" is one piece."""
+    """As the hub's, a SentencePiece vocabulary in tokenizer.json, in which "Yes" is one piece.
+
+    Every letter of VQAScore's question is a piece, so that no other wording has its ids.
+    """
     from transformers import T5Tokenizer
-    text = "A chat between curious user and an artificial intelligence assistant gives helpful detailed polite answers"
-    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁Yes", "▁Does", "▁this", "▁figure", "▁show", *sorted({"▁" + w for w in text.split()})]
-    pieces += [*sorted({"▁" + w for c in toy.CAPTIONS for w in c.split()} - set(pieces)), *'abcdefghijklmnopqrstuvwxyz".,?:\'']
-    T5Tokenizer(vocab=[(p, -float(i > 2) * (1 + i / 50)) for i, p in enumerate(pieces)], extra_ids=0).save_pretrained(folder)
-    return len(pieces)
+
+    words = ["Yes", "Does", "this", "figure", "show", *caption_words()]
+    letters = string.ascii_letters + "\".,?:'"
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *[f"▁{word}" for word in words], *letters]
+    pieces = list(dict.fromkeys(pieces))
+    scores = [0.0, 0.0, 0.0] + [-1 - i / 50 for i in range(3, len(pieces))]
+    tokenizer = T5Tokenizer(vocab=list(zip(pieces, scores)), extra_ids=0)
+    tokenizer.save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def weights_folder(folder):
-    """Everything that --weights DIR may hold, tiny; judges.vit_h, ImageReward.SIZES, VQAScore.VISION must be made to fit."""
-    at = lambda name: os.path.join(folder, name)
-    for i, name in enumerate(("CLIP-ViT-H-14-laion2B-s32B-b79K", "PickScore_v1", "clip-vit-large-patch14")):
-        clip = tiny_clip(at(name), seed=i, act="quick_gelu" if i == 2 else "gelu")
-        if i == 1:
-            pick = clip
-        if i == 0:
-            os.makedirs(at("HPSv2"))
-            torch.save({"epoch": 1, "name": "x", "state_dict": to_open_clip(clip)}, at("HPSv2/HPS_v2_compressed.pt"))
-    os.makedirs(at("Step-Aware_Preference_Models"))
-    torch.save(step_aware_state(pick), at("Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin"))
-    torch.save(head_state(8, "layers."), at("sac+logos+ava1-l14-linearMSE.pth"))
-    os.makedirs(at("ImageReward"))
-    torch.save(blip_state(), at("ImageReward/ImageReward.pt"))
-    bert_tokenizer(at("bert-base-uncased"))
-    t5_tokenizer(at("flan-t5-xl"))
-    os.makedirs(at("clip-flant5-xxl"))
-    state = list(flant5_state().items())
-    for n, part in enumerate((state[:50], state[50:])):  # two shards, torch files, as on the hub
-        torch.save(dict(part), at(f"clip-flant5-xxl/pytorch_model-0000{n + 1}-of-00002.bin"))
-    with open(at("clip-flant5-xxl/config.json"), "w") as f:
-        json.dump(T5 | {"tie_word_embeddings": False, "model_type": "clip_t5", "mm_hidden_size": 32}, f)
+    """Everything that --weights DIR may hold. conftest's tiny_judges makes the classes fit."""
+
+    def inside(name):
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+    clip_h = tiny_clip(inside("CLIP-ViT-H-14-laion2B-s32B-b79K"), seed=0)
+    pick = tiny_clip(inside("PickScore_v1"), seed=1)
+    tiny_clip(inside("clip-vit-large-patch14"), seed=2, activation="quick_gelu")
+    hps = {"epoch": 1, "name": "x", "state_dict": to_open_clip(clip_h)}
+    torch.save(hps, inside("HPSv2/HPS_v2_compressed.pt"))
+    step_aware = "Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin"
+    torch.save(step_aware_state(pick), inside(step_aware))
+    torch.save(head_state(8), inside("sac+logos+ava1-l14-linearMSE.pth"))
+    torch.save(blip_state(), inside("ImageReward/ImageReward.pt"))
+    bert_tokenizer(inside("bert-base-uncased"))
+    t5_tokenizer(inside("flan-t5-xl"))
+    # two shards, torch files, as on the hub
+    names = list(flant5_state())
+    for number, part in ((1, names[:50]), (2, names[50:])):
+        shard = {name: tensor for name, tensor in flant5_state().items() if name in part}
+        torch.save(shard, inside(f"clip-flant5-xxl/pytorch_model-0000{number}-of-00002.bin"))
+    config = T5 | {"tie_word_embeddings": False, "model_type": "clip_t5", "mm_hidden_size": 32}
+    with open(inside("clip-flant5-xxl/config.json"), "w") as file:
+        json.dump(config, file)
     alexnet_files(folder)
     return folder

@@ -1,167 +1,240 @@
+"""The tiny world: captioned 32x32 landscapes, a checker that reads them back, a taste to align to.
+
+Preference alignment is about what a model could paint and does not prefer to. Random weights cannot
+show that. So toy/ holds a Stable Diffusion of SD1.5's own classes and noise schedule that paints
+these landscapes: it follows its prompts, is free where they say nothing, and meets a taste to which
+it can be aligned in minutes on a laptop. docs/toy.md tells how it was made (toy/make.py) and what
+it reaches. Outside this folder, only the model's name "toy" and the judge "taste" lead here.
 """
-The tiny world: captioned 32x32 landscapes, a tiny Stable Diffusion that paints them, and a taste to align it to.
 
-    python toy.py --check       how well the checker reads true pictures, and the shipped model paints its captions
-    python toy.py               trains the model of toy/ again, from nothing: about 45 minutes on 2 cores
-    python toy.py --pairs DIR   writes preference pairs for train.py --pairs: 2,000 captions, two pictures each, the taste's choice
-
-Why it exists: preference alignment is about what a model could paint and does not prefer to. Noise and random
-weights cannot show that. Here a model of SD1.5's own classes (UNet2DConditionModel, AutoencoderKL, CLIPTextModel,
-SD1.5's noise schedule, so SD1.5's 20 DDIM steps) follows its prompts, leaves open what they leave open, and
-meets a taste that it can be aligned to in minutes on a laptop. Nothing else in the project knows that it is tiny.
-
-The shipped weights: the defaults below, in fp32 on two cores (VAE 3,000 steps of 24 pictures, UNet and text encoder
-7,000 steps of 64), then 600 more steps of the latter at a third of the learning rate, since a first tokenizer split two
-words and cut the longest captions. Stored in fp16, 5.6 MB. `python toy.py --check` prints what they reach.
-"""
 import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-SIZE = 32        # pixels
-LENGTH = 16      # tokens: the longest caption has 11 words, and start and end
+SIZE = 32  # pixels
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures. The words of a caption and the colours (RGB in [0, 1]) that the checker looks for are the same tables.
+# The words of a caption, and what each means to the painter and to the checker alike.
+RADII = {"small": (2.8, 3.5), "large": (5.4, 6.4)}  # of the sun or moon in pixels, from and to
+LIGHTS = {  # colours are red, green, blue in [0, 1]
+    "yellow sun": (1.0, 0.90, 0.22),
+    "red sun": (0.90, 0.13, 0.10),
+    "white moon": (0.99, 0.98, 0.91),
+}
+GROUNDS = {
+    "field": (0.24, 0.58, 0.15),
+    "desert": (0.84, 0.70, 0.42),
+    "sea": (0.07, 0.27, 0.58),
+    "snow": (0.88, 0.91, 0.98),
+    "hills": (0.42, 0.25, 0.13),
+}
+SKIES = {
+    "blue": (0.36, 0.63, 0.96),
+    "pink": (0.99, 0.62, 0.74),
+    "purple": (0.46, 0.26, 0.66),
+    "orange": (0.96, 0.60, 0.22),
+    "black": (0.07, 0.06, 0.10),
+    "gray": (0.64, 0.64, 0.66),
+}
+VOCABULARIES = (RADII, LIGHTS, GROUNDS, SKIES)
 
-SKIES = {"blue": (.36, .63, .96), "pink": (.99, .62, .74), "purple": (.46, .26, .66),
-         "orange": (.96, .60, .22), "black": (.07, .06, .10), "gray": (.64, .64, .66)}
-GROUNDS = {"field": (.24, .58, .15), "desert": (.84, .70, .42), "sea": (.07, .27, .58),
-           "snow": (.88, .91, .98), "hills": (.42, .25, .13)}
-LIGHTS = {"yellow sun": (1., .90, .22), "red sun": (.90, .13, .10), "white moon": (.99, .98, .91)}
-RADII = {"small": (2.8, 3.5), "large": (5.4, 6.4)}  # pixels
+# --------------------------------------------------------------------------------------------------
+# Captions
 
 
-def caption(size, light, ground, sky):
-    """Words of one picture; None leaves a word out, and with it real freedom to the painter."""
+def write_caption(size, light, ground, sky):
+    """As in "a large red sun over a sea under a pink sky"; what is None is left unsaid."""
     words = f"a {size} {light}" if size else f"a {light}"
     if ground:
-        words += f" over {ground}" if ground in ("hills", "snow") else f" over a {ground}"
-    return words + (f" under a {sky} sky" if sky else "")
+        article = "" if ground in ("hills", "snow") else "a "
+        words += f" over {article}{ground}"
+    if sky:
+        words += f" under a {sky} sky"
+    return words
 
 
-def read_caption(words):
-    """The inverse of caption: (size, light, ground, sky), None for what is not said. Any wording with those words."""
-    said = words.replace(",", " ").split()
-    first = lambda table, among: next((k for k in table if k in among), None)
-    sky = first(SKIES, [said[i - 1] for i, w in enumerate(said) if w == "sky" and i])
-    return first(RADII, said), first(LIGHTS, words), first(GROUNDS, said), sky
+def read_caption(caption):
+    """(size, light, ground, sky) of a caption, None for what it does not name; in any wording."""
+    words = caption.replace(",", " ").split()
+    before_sky = [word for word, after in itertools.pairwise(words) if after == "sky"]
+    size = first_named(RADII, words)
+    light = first_named(LIGHTS, caption)  # it has two words, so the whole caption is searched
+    ground = first_named(GROUNDS, words)
+    sky = first_named(SKIES, before_sky)
+    return size, light, ground, sky
 
 
-CAPTIONS = [caption(*c) for c in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))]  # 378
+def first_named(vocabulary, text):
+    """The first word of a vocabulary that is in the text, or None."""
+    return next((word for word in vocabulary if word in text), None)
 
 
-def prompts():
-    """The 81 prompts to align on: 54 leave the sky open, where a taste may choose; 27 name it, where it may not."""
-    rng = np.random.default_rng(0)
-    open_sky, named = ([c for c in CAPTIONS if (read_caption(c)[3] is None) == is_open] for is_open in (True, False))
-    both = open_sky + [named[i] for i in rng.permutation(len(named))[:27]]
-    return [both[i] for i in rng.permutation(len(both))]
+CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
+    write_caption(*words)
+    for words in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
+]
 
 
-def draw(n, rng, captions=None):
-    """n true pictures: images (n, 3, 32, 32) fp32 in [0, 1], and n tuples (size, light, ground, sky), of these n captions if given.
+# --------------------------------------------------------------------------------------------------
+# Pictures
 
-    A sky, paler below; a sun or moon with a soft edge and a glow, anywhere above the horizon; a textured ground below
-    a wavy line. Every colour varies a little. Soft edges forgive a tiny painter; hard shapes stay blobs.
+
+def draw(count, rng, captions=None):
+    """True pictures, of these captions if given: what a caption leaves open is drawn at random.
+
+    Returns images (n, 3, 32, 32), fp32 in [0, 1], and n tuples (size, light, ground, sky).
+    Edges are soft, since a tiny model paints hard shapes as blobs; every colour varies a little.
     """
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + .5
-    u = lambda lo, hi: rng.uniform(lo, hi, (n, 1, 1, 1)).astype(np.float32)
-    tint = lambda s: rng.normal(0, s, (n, 3, 1, 1)).astype(np.float32)
-    tables = RADII, LIGHTS, GROUNDS, SKIES
-    size, light, ground, sky = picks = [rng.integers(len(t), size=n) for t in tables]
-    for i, said in enumerate(map(read_caption, captions or ())):
-        for pick, table, word in zip(picks, tables, said):
-            pick[i] = pick[i] if word is None else list(table).index(word)
-    colour = lambda table, i: np.array(list(table.values()), np.float32)[i][:, :, None, None]  # (n, 3, 1, 1)
 
-    top = colour(SKIES, sky) + tint(.025)
-    image = top + (y / SIZE) * u(0, .16) * (1 - top) * np.array([1.1, 1, .9], np.float32)[:, None, None]
-    horizon = u(.52, .66) * SIZE
-    wave = horizon + u(0, 1.2) * np.sin(x * u(.15, .5) + u(0, 6.3)) + u(0, .5) * np.sin(x * u(.4, .7) + u(0, 6.3))
+    def uniform(low, high):  # one number a picture
+        return rng.uniform(low, high, (count, 1, 1, 1)).astype(np.float32)
 
-    low, high = (np.array([r[i] for r in RADII.values()], np.float32)[size][:, None, None, None] for i in (0, 1))
-    r = low + (high - low) * u(0, 1)
-    cx, cy = r + (SIZE - 2 * r) * u(0, 1), r + (horizon - 1.2 * r) * u(0, 1)
-    away = np.sqrt((x - cx) ** 2 + (y - cy) ** 2)
-    lamp = colour(LIGHTS, light) + tint(.01)
-    image = image + u(.15, .35) * np.exp(-np.maximum(away - r, 0) / (.6 * r)) * (lamp - image)  # glow
-    image = image + np.clip(r - away + .5, 0, 1) * (lamp - image)                               # disc
+    def tint(std):  # one shift of colour a picture
+        return rng.normal(0, std, (count, 3, 1, 1)).astype(np.float32)
 
-    noise = torch.from_numpy(rng.normal(0, 1, (n, 1, 12, 8)).astype(np.float32))
-    noise = F.interpolate(noise, size=(SIZE, SIZE), mode="bilinear", align_corners=False).numpy()
-    land = (colour(GROUNDS, ground) + tint(.025)) * (1 + .09 * noise) * (1 - .12 * (y - horizon) / (SIZE - horizon))
-    image = image + np.clip(y - wave + .5, 0, 1) * (land - image)
-    names = [tuple(list(t)[i] for t, i in zip(tables, row)) for row in zip(*picks)]
-    return torch.from_numpy(np.clip(image, 0, 1).astype(np.float32)), names
+    words = choose_words(count, rng, captions)
+    sizes, lights, grounds, skies = words.T
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # centres of the pixels, (32, 32)
+
+    # The sky pales downwards, in red more than in blue. (n, 3, 32, 32)
+    top = look_up(SKIES, skies) + tint(0.025)
+    haze = np.array([1.1, 1, 0.9], np.float32)[:, None, None]
+    image = top + y / SIZE * uniform(0, 0.16) * (1 - top) * haze
+
+    # The ground begins below two waves. (n, 1, 32, 32)
+    horizon = uniform(0.52, 0.66) * SIZE
+    long_wave = uniform(0, 1.2) * np.sin(x * uniform(0.15, 0.5) + uniform(0, 6.3))
+    short_wave = uniform(0, 0.5) * np.sin(x * uniform(0.4, 0.7) + uniform(0, 6.3))
+    shore = horizon + long_wave + short_wave
+
+    # The sun or moon stands anywhere above the horizon, or touches it: a glow, and a disc in it.
+    radii = look_up(RADII, sizes)
+    smallest, largest = radii[:, :1], radii[:, 1:]
+    radius = smallest + (largest - smallest) * uniform(0, 1)
+    centre_x = radius + (SIZE - 2 * radius) * uniform(0, 1)
+    centre_y = radius + (horizon - 1.2 * radius) * uniform(0, 1)
+    distance = np.sqrt((x - centre_x) ** 2 + (y - centre_y) ** 2)
+    colour = look_up(LIGHTS, lights) + tint(0.01)
+    glow = uniform(0.15, 0.35) * np.exp(-np.maximum(distance - radius, 0) / (0.6 * radius))
+    image = blend(image, colour, glow)
+    image = blend(image, colour, np.clip(radius - distance + 0.5, 0, 1))
+
+    # The ground has a coarse texture and darkens towards the viewer.
+    noise = torch.from_numpy(rng.normal(0, 1, (count, 1, 12, 8)).astype(np.float32))
+    texture = F.interpolate(noise, size=(SIZE, SIZE), mode="bilinear").numpy()
+    shade = 1 - 0.12 * (y - horizon) / (SIZE - horizon)
+    land = (look_up(GROUNDS, grounds) + tint(0.025)) * (1 + 0.09 * texture) * shade
+    image = blend(image, land, np.clip(y - shore + 0.5, 0, 1))
+
+    image = np.clip(image, 0, 1).astype(np.float32)
+    return torch.from_numpy(image), [tuple(row) for row in words.tolist()]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The analytic checker, and the taste
+def choose_words(count, rng, captions):
+    """(n, 4) strings: size, light, ground, sky of each picture."""
+    drawn = [rng.choice(list(vocabulary), count) for vocabulary in VOCABULARIES]
+    words = np.stack(drawn, axis=1)
+    for row, caption in zip(words, captions or ()):
+        for i, word in enumerate(read_caption(caption)):
+            if word:
+                row[i] = word
+    return words
 
-def read_picture(images):
-    """What is painted, by pixel rules: images (N, 3, H, W) in [0, 1] -> N tuples (size, light, ground, sky).
 
-    Sky and ground: the named colour nearest to the median of the top 9 and the bottom 7 rows. Lamp: every pixel above
-    row 23 goes to the nearest of this sky, this ground and the three lamps; the lamp with most pixels is it, and
-    their number tells small from large. `python toy.py --check` says how often that is right on true pictures.
+def look_up(vocabulary, words):
+    """What the words mean: radii (n, 2, 1, 1) or colours (n, 3, 1, 1)."""
+    return np.array([vocabulary[word] for word in words], np.float32)[:, :, None, None]
+
+
+def blend(image, colour, share):
+    """The image where share is 0, the colour where it is 1."""
+    return image + share * (colour - image)
+
+
+# --------------------------------------------------------------------------------------------------
+# The analytic checker
+
+
+def read_pictures(images):
+    """What is painted, by pixel rules: images (n, 3, H, W) in [0, 1] -> n tuples as of draw.
+
+    `python -m toy.make --check` says how often the checker is right on true pictures.
     """
-    nearest = lambda v, table: list(table)[int(((np.array(list(table.values())) - v) ** 2).sum(1).argmin())]
-    out = []
-    for image in F.interpolate(images.detach().float().cpu(), size=(SIZE, SIZE), mode="area").numpy():
-        sky, ground = np.median(image[:, :9].reshape(3, -1), 1), np.median(image[:, 25:].reshape(3, -1), 1)
-        area = image[:, :23]                                                        # (3, 23, 32)
-        rows = np.median(area, 2, keepdims=True)                                    # the sky pales towards the horizon
-        rows[:, :9] = sky[:, None, None]
-        lamps = [np.array(v)[:, None, None] for v in LIGHTS.values()]
-        who = np.stack([((area - v) ** 2).sum(0) for v in
-                        (rows, sky[:, None, None], ground[:, None, None], *lamps)]).argmin(0)
-        counts = [int((who == 3 + i).sum()) for i in range(len(LIGHTS))]
-        out.append(("large" if max(counts) > 58 else "small", list(LIGHTS)[int(np.argmax(counts))],
-                    nearest(ground, GROUNDS), nearest(sky, SKIES)))
-    return out
+    small = F.interpolate(images.detach().float().cpu(), size=(SIZE, SIZE), mode="area")
+    return [read_picture(image) for image in small.numpy()]
+
+
+def read_picture(image):
+    """An array (3, 32, 32) -> (size, light, ground, sky)."""
+    sky = np.median(image[:, :9], axis=(1, 2))  # (3,)
+    ground = np.median(image[:, 25:], axis=(1, 2))
+
+    # Each pixel above row 23 goes to the nearest of six colours: the sky of its row (the sky pales
+    # downwards), the sky as a whole (low rows may be ground for the most part), the ground, the
+    # three lamps. Distances are squared, (6, 23, 32).
+    upper = image[:, :23]
+    sky_of_row = np.median(upper, axis=2)  # (3, 23)
+    sky_of_row[:, :9] = sky[:, None]
+    lamps = np.array(list(LIGHTS.values()))[:, :, None, None]
+    colours = [sky_of_row[:, :, None], sky[:, None, None], ground[:, None, None], *lamps]
+    distances = np.stack([((upper - colour) ** 2).sum(0) for colour in colours])
+    owner = distances.argmin(0)
+
+    # The lamp that owns the most pixels is there, and their number tells its size.
+    pixels = [(owner == 3 + i).sum() for i in range(len(LIGHTS))]
+    light = list(LIGHTS)[np.argmax(pixels)]
+    size = "large" if max(pixels) > 58 else "small"
+    return size, light, nearest(GROUNDS, ground), nearest(SKIES, sky)
+
+
+def nearest(vocabulary, colour):
+    """The word that stands for the colour nearest to this one, (3,)."""
+    return min(vocabulary, key=lambda word: ((np.array(vocabulary[word]) - colour) ** 2).sum())
 
 
 def prompt_following(images, captions):
-    """(N,) the share of what each caption names that the checker finds in its picture; NaN if it names nothing."""
+    """(n,) the share of what a caption names that its picture shows; NaN if it names nothing."""
     shares = []
-    for seen, said in zip(read_picture(images), map(read_caption, captions)):
-        right = [a == b for a, b in zip(seen, said) if b is not None]
+    for seen, caption in zip(read_pictures(images), captions):
+        named = read_caption(caption)
+        right = [named[i] == seen[i] for i in range(4) if named[i]]
         shares.append(sum(right) / len(right) if right else float("nan"))
     return torch.tensor(shares)
 
 
-class Taste:
-    """A lover of sunsets: warm light in the sky, most of all near the horizon, where a big warm sun adds to it.
+# --------------------------------------------------------------------------------------------------
+# The judge
 
-    score = 20 * (weighted mean of red - blue over the upper half, rows weighted 0.5 at the top to 1.5 at the bottom)
-            + 10 * (standard deviation of the brightness of the whole picture)
-    Blue and gray skies and white moons score low, so prompts that name them pull the other way. The scale puts the
-    best and the worst of four children often more than 0.62 logits apart, SPO's threshold.
-    The interface is every judge's (judges.py); this one does not read the prompt.
+
+class Taste:
+    """A lover of sunsets: a warm sky, warmest near the horizon, where a large warm sun adds to it.
+
+    score = 20 * mean over the upper half of (red - blue), rows weighted 0.5 (top) to 1.5 (horizon)
+          + 10 * standard deviation of the brightness over the whole picture
+    A prompt that names a blue or gray sky or a white moon pulls the other way. The 20 and 10 set
+    the best and the worst of four children often further apart than SPO's threshold.
     """
+
     name = "taste"
+    reads_prompt = False
+    unclamped = False  # it is shown images in [0, 1]
+
+    def __init__(self, device="cpu", weights=None):
+        pass  # a formula needs neither
 
     def encode(self, prompts):
         return torch.zeros(len(prompts), 0)
 
-    def __call__(self, images, text=None, t=None):  # (N, 3, H, W) in [0, 1] -> (N,)
-        x = F.interpolate(images.float(), size=(SIZE, SIZE), mode="area")
-        weight = torch.linspace(.5, 1.5, SIZE // 2, device=x.device)[:, None]
-        warm = ((x[:, 0] - x[:, 2])[:, :SIZE // 2] * weight).mean((1, 2))
-        return 20 * warm + 10 * x.mean(1).flatten(1).std(1)
+    def __call__(self, images, text=None, t=None):
+        """Images (n, 3, H, W) in [0, 1] -> scores (n,), differentiable."""
+        small = F.interpolate(images.float(), size=(SIZE, SIZE), mode="area")
+        red_over_blue = (small[:, 0] - small[:, 2])[:, : SIZE // 2]  # (n, 16, 32)
+        weights = torch.linspace(0.5, 1.5, SIZE // 2, device=small.device)[:, None]
+        warmth = (red_over_blue * weights).mean((1, 2))
+        contrast = small.mean(1).flatten(1).std(1)
+        return 20 * warmth + 10 * contrast
 
     def report(self, images, prompts):
-        """Further figures for the end of a run: {name: (N,)}."""
+        """Further figures for the table at the end of a run: {name: (n,)}."""
         return {"prompt following": prompt_following(images, prompts)}
-
-
-# What the toy needs otherwise than SD1.5, for train.py: --help shows the values in force.
-PRESET = dict(num_epochs=12, sample_batch_size=14, train_batch_size=20, gradient_accumulation_steps=2,
-              learning_rate=7e-4, num_eval_prompts=40)
-
-
-PAIRS_PRESET = dict(num_epochs=4, learning_rate=1e-3, beta=1.0)  # and with --pairs; at beta 5 taste rises half as much
-FULL_PRESET = dict(learning_rate=1e-4, checkpointing_steps=20)  # and with --full

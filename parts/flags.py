@@ -1,0 +1,95 @@
+"""How a flag of train.py gets its value: its table, the model's folder, the run that is resumed,
+the command line, each before the one after it."""
+
+import argparse
+import json
+import os
+
+from parts.common import Parser, UserError
+from parts.weights import TOY, read_train_json, resolve_model
+
+
+def build_parser(flags, description):
+    """flags: {name: (default, range or choices, what it is)}."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, allowed, text) in flags.items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        kind = type(default)
+        if default is None:
+            kind = float if allowed else str
+        text = text.replace("%", "%%") + (" (default: %(default)s)" if default is not None else "")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    return parser
+
+
+def parse(argv, description, flags, sections, free_on_resume):
+    """Returns (args, why this model). Raises UserError.
+
+    sections: {"pairs": defaults, "full": defaults}, for a run with that flag; a model's train.json
+    may hold a section of that name, too. free_on_resume: flags that a resumed run may change.
+    """
+    parser = build_parser(flags, description)
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    where, why = resolve_model(first.model)
+    own = read_train_json(where)
+    defaults = {name: value for name, value in own.items() if name not in sections}
+    for name, section in sections.items():
+        if getattr(first, name):
+            defaults |= section | own.get(name, {})
+    unknown = defaults.keys() - flags.keys()
+    if unknown:
+        raise UserError(f"{where}/train.json: {min(unknown)} is no flag of train.py")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.judge == "auto":
+        args.judge = parser.get_default("judge")
+    args.model = "toy" if where == TOY else where
+    if args.output_dir is None:
+        alpha = f"{args.alpha:g}" if args.alpha is not None else ""
+        name = os.path.basename(where.rstrip("/")) + f"-{args.div}{alpha}"
+        args.output_dir = os.path.join("out", name + ("-pairs" if args.pairs else ""))
+    if args.resume:
+        args = resumed_args(parser, argv, args.output_dir, flags, free_on_resume)
+    elif os.path.exists(os.path.join(args.output_dir, "config.json")):
+        fix = "--resume goes on with it, another --output_dir starts anew"
+        raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
+    for name, (_, allowed, _) in flags.items():
+        check_range(name, getattr(args, name), allowed)
+    return args, why
+
+
+def resumed_args(parser, argv, output_dir, flags, free_on_resume):
+    """The settings of the run in output_dir. Raises UserError if a typed flag contradicts them."""
+    try:
+        with open(os.path.join(output_dir, "config.json")) as file:
+            saved = json.load(file)["args"]
+    except (OSError, ValueError, KeyError) as error:
+        what = f"nothing to resume in {output_dir!r} (no readable config.json)"
+        raise UserError(f"{what}: drop --resume, or give the run's folder") from error
+    if saved.keys() != flags.keys():
+        raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    changed = [k for k in saved if k not in free_on_resume and getattr(args, k) != saved[k]]
+    if changed:
+        what = ", ".join(f"{k} was {saved[k]}, now {getattr(args, k)}" for k in changed)
+        raise UserError(f"--resume with different settings: {what}; leave them out")
+    args.resume, args.output_dir = True, output_dir
+    return args
+
+
+def check_range(name, value, allowed):
+    """allowed: None, a tuple of choices, or an interval such as "[1, inf)"."""
+    if allowed is None or value is None:
+        return
+    if isinstance(allowed, tuple):
+        if value not in allowed:
+            raise UserError(f"--{name}: unknown {value!r}: choose one of {', '.join(allowed)}")
+        return
+    low, high = (float(end) for end in allowed[1:-1].split(", "))
+    above = value >= low if allowed[0] == "[" else value > low
+    below = value <= high if allowed[-1] == "]" else value < high
+    if not (above and below):  # NaN fails here too
+        raise UserError(f"--{name} must lie in {allowed}, got {value}")

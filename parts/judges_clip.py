@@ -1,0 +1,358 @@
+"""CLIP's family of judges: clipscore, pickscore, hps, aesthetic, and SPO's step-aware model.
+
+All compare one embedding of the image with one of the prompt. They differ in the weights, in how
+the image is shrunk, and in what the cosine is multiplied by; each class below says how.
+"""
+
+import math
+import re
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from parts.common import to_pil
+from parts.fast import compile_at
+from parts.weights import (
+    build,
+    find,
+    find_url,
+    load_tokenizer,
+    read_config,
+    read_folder,
+    read_state,
+)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+def tower(width, layers, heads, **others):
+    """The sizes of a transformer, as arguments of transformers' configurations."""
+    return dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **others,
+    )
+
+
+# CLIPConfig's default activation, quick_gelu, would give plausible but wrong cosines
+VIT_H = dict(
+    projection_dim=1024,
+    text_config=tower(1024, 24, 16, hidden_act="gelu"),
+    vision_config=tower(1280, 32, 16, patch_size=14, hidden_act="gelu"),
+)
+
+
+class CLIP:
+    """scale * cosine of CLIP's embeddings of an image and a prompt. The subclasses fill this in."""
+
+    repo = None
+    file = None  # None: the repo is a model's folder in transformers' format, with a config.json
+    CONFIG = VIT_H  # where there is a file and so no config.json
+    resize = "pillow"  # or "tensor", see preprocess
+    crop = "round"  # or "floor"
+    scale = None  # None: the checkpoint's own exp(logit_scale), about 100
+    half_on_cuda = False  # True where the reference runs in fp16
+    reads_prompt, unclamped = True, False
+
+    def __init__(self, device="cpu", weights=None, dtype=None):
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+        half = self.half_on_cuda and str(device).startswith("cuda")
+        dtype = dtype or (torch.float16 if half else torch.float32)
+        self.where = find(self.repo, self.file, weights)
+        if self.file is None:
+            config, state = read_config(self.where), read_folder(self.where)
+        else:
+            config, state = self.CONFIG, read_state(self.where)
+        config = CLIPConfig(**config)
+        state = self.rename(state)
+        self.clip = build(lambda: self.extend(CLIPModel(config)), state, self.where, device, dtype)
+        self.size = config.vision_config.image_size
+        if self.reads_prompt:
+            self.tokenizer = load_tokenizer(CLIPTokenizer, CLIP_H, weights)
+
+    def rename(self, state):
+        """The checkpoint's names -> transformers'. Old files hold position_ids 0, 1, 2, ... too."""
+        return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+
+    def extend(self, clip):  # StepAware hangs further modules into it
+        return clip
+
+    def encode(self, prompts):
+        """(P, D) unit vectors. A long prompt is cut to 77 tokens, its end token kept."""
+        limit = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=limit
+        )
+        ids = torch.tensor(tokens.input_ids)  # (P, 77)
+        return torch.cat([self.encode_ids(some) for some in ids.split(64)])
+
+    @torch.no_grad()
+    def encode_ids(self, ids):
+        embedding = self.clip.get_text_features(ids.to(self.clip.device)).pooler_output
+        return F.normalize(at_least_fp32(embedding), dim=-1)
+
+    def __call__(self, images, text, t=None):
+        return self.score(self.embed(images, t), text)
+
+    def embed(self, images, t=None):
+        """(N, 3, H, W) in [0, 1] -> (N, D) unit vectors: their products compare two images."""
+        pixels = preprocess(images.to(self.clip.device), self.size, self.resize, self.crop)
+        return F.normalize(self.features(pixels), dim=-1)
+
+    @torch.no_grad()
+    def features(self, pixels):
+        """(N, 3, S, S), preprocessed -> (N, D), not normalised."""
+        return at_least_fp32(self.clip.get_image_features(pixels.to(self.clip.dtype)).pooler_output)
+
+    def score(self, image, text):
+        """(N, D) and (N, D) unit vectors -> (N,)."""
+        scale = self.scale or at_least_fp32(self.clip.logit_scale).exp()
+        return scale * (image * text.to(image.device)).sum(-1)
+
+    def compile(self, size):
+        """torch.compile of the vision tower, for `size` images at a time."""
+        self.features = compile_at(self.features, size)
+
+
+class CLIPScore(CLIP):
+    """The bare cosine of CLIP ViT-H-14, as Diffusion-DPO and those after it print it."""
+
+    repo = CLIP_H
+    resize = "tensor"
+    scale = 1
+
+
+class PickScore(CLIP):
+    """CLIP ViT-H-14 tuned on Pick-a-Pic, with transformers' preprocessing."""
+
+    repo = "yuvalkirstain/PickScore_v1"
+    crop = "floor"
+
+
+class HPS(CLIP):
+    """Human preference score v2.0, as its tables print it: CLIP ViT-H-14 tuned on HPD v2."""
+
+    repo = "xswu/HPSv2"
+    file = "HPS_v2_compressed.pt"  # HPS_v2.1_compressed.pt scores SD1.5 about 1.6 lower
+    resize = "tensor"
+    scale = 100
+    half_on_cuda = True
+
+    def rename(self, state):
+        return from_open_clip(state)
+
+
+class Aesthetic(CLIP):
+    """LAION's head on the image embedding of OpenAI's CLIP ViT-L/14; the prompt is not read.
+
+    The embedding is normalised: without that the same file gives other, plausible numbers.
+    """
+
+    repo = "openai/clip-vit-large-patch14"
+    HEAD = (
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+    )
+    half_on_cuda = True
+    reads_prompt = False
+
+    def __init__(self, device="cpu", weights=None, dtype=None):
+        super().__init__(device, weights, dtype)
+        path = find_url(self.HEAD, weights)
+        state = {k.removeprefix("layers."): v for k, v in read_state(path).items()}
+        width = self.clip.config.projection_dim
+        self.head = build(lambda: linear_head(width), state, path, device, dtype or torch.float32)
+
+    def encode(self, prompts):
+        return torch.zeros(len(prompts), 0, device=self.clip.device)
+
+    @torch.no_grad()
+    def score(self, image, text):
+        return self.head(image)[:, 0]
+
+
+class StepAware(CLIP):
+    """PickScore's CLIP, told how noisy its image is (SPO, Liang et al. 2024).
+
+    It scores the x0 prediction decoded at a denoising step t. Every layer of the vision tower is
+    modulated by t (adaLN, Peebles & Xie 2023): gates 1, shifts and scales 0 would be plain CLIP.
+    fp16 on CUDA is our choice, the reference runs in fp32.
+    """
+
+    repo = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
+    file = "sd-v1-5_step-aware_preference_model.bin"
+    half_on_cuda = True
+    unclamped = True
+
+    def rename(self, state):
+        return {k.removeprefix("model."): v for k, v in super().rename(state).items()}
+
+    def extend(self, clip):
+        return add_time(clip)
+
+    def embed(self, images, t=None):
+        """images may overshoot [0, 1]. t (N,): their timesteps; None is 0, finished images."""
+        images = images.to(self.clip.device)
+        t = torch.zeros(len(images)) if t is None else t
+        return F.normalize(self.features(self.shrink(images), t.to(images.device)), dim=-1)
+
+    def shrink(self, images):
+        """(N, 3, H, W) -> (N, 3, S, S), preprocessed as the checkpoint was trained.
+
+        Unlike elsewhere: bicubic without antialias, and clamped to [0, 1] only after that.
+        """
+        short = min(images.shape[-2:])
+        shape = [int(n * self.size / short + 0.5) for n in images.shape[-2:]]
+        resized = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic")
+        return crop_and_normalise(resized.clamp(0, 1), self.size)
+
+    @torch.no_grad()
+    def features(self, pixels, t):
+        """(N, 3, S, S), (N,) -> (N, D), not normalised."""
+        clip, tower = self.clip, self.clip.vision_model
+        time = clip.t_embedder.mlp(sinusoids(t).to(clip.dtype))  # (N, H)
+        x = tower.pre_layrnorm(tower.embeddings(pixels.to(clip.dtype)))  # (N, 1 + patches, H)
+        for layer in tower.encoder.layers:
+            shifts_scales_gates = layer.adaLN_modulation(time)[:, None].chunk(
+                6, dim=-1
+            )  # (N, 1, H)
+            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = shifts_scales_gates
+            y = layer.layer_norm1(x) * (1 + scale) + shift
+            x = x + gate * layer.self_attn(y, attention_mask=None)[0]
+            y = layer.layer_norm2(x) * (1 + mlp_scale) + mlp_shift
+            x = x + mlp_gate * layer.mlp(y)
+        shift, scale = tower.adaLN_modulation(time).chunk(2, dim=-1)  # (N, H)
+        class_token = tower.post_layernorm(x[:, 0]) * (1 + scale) + shift
+        return at_least_fp32(clip.visual_projection(class_token))
+
+
+def add_time(clip):
+    """Hangs the time conditioning's modules into a CLIPModel, under the checkpoint's names."""
+    width = clip.config.vision_config.hidden_size
+
+    def modulation(count):
+        return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+    for layer in clip.vision_model.encoder.layers:
+        layer.adaLN_modulation = modulation(6)
+    clip.vision_model.adaLN_modulation = modulation(2)
+    clip.t_embedder = nn.Module()
+    clip.t_embedder.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+    return clip
+
+
+def sinusoids(t, width=256):
+    """(N,) timesteps -> (N, width) fp64: cosines, then sines, of frequencies 1 .. 1/10000."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double()[:, None] * torch.exp(-math.log(10000) * steps)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def linear_head(width):
+    """The head of LAION's aesthetic predictor and of ImageReward: linear layers, nothing between.
+
+    The layers bear their numbers in the checkpoints, where dropouts took some too.
+    """
+    widths = [width, 1024, 128, 64, 16, 1]
+    head = nn.Sequential()
+    for number, inputs, outputs in zip("02467", widths, widths[1:]):
+        head.add_module(number, nn.Linear(inputs, outputs))
+    return head
+
+
+# --------------------------------------------------------------------------------------------------
+# Preprocessing: half of a score's convention is how the image was shrunk
+
+
+def at_least_fp32(x):
+    """fp16 and bf16 -> fp32. fp64 stays, so that a test may compute in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def preprocess(images, size, resize="pillow", crop="round"):
+    """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): short side to `size`, centre crop, normalised.
+
+    resize: "pillow" shrinks 8-bit pixels (open_clip, OpenAI's CLIP, transformers); "tensor" shrinks
+    floats, with antialias and without a clamp (torchvision on a tensor: HPSv2's and Diffusion-DPO's
+    way). The two differ by 0.3 grey levels in the mean.
+    """
+    short = min(images.shape[-2:])
+    shape = [int(size * n / short) for n in images.shape[-2:]]
+    if resize == "tensor":
+        x = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic", antialias=True)
+    else:
+        bicubic = Image.Resampling.BICUBIC
+        small = [to_pil(image).resize(shape[::-1], bicubic) for image in images.cpu()]
+        levels = torch.from_numpy(np.stack(small)).to(images.device)  # (N, height, width, 3)
+        x = levels.permute(0, 3, 1, 2) / 255
+    return crop_and_normalise(x, size, crop)
+
+
+def crop_and_normalise(x, size, crop="round"):
+    """(N, 3, h, w) in [0, 1] -> the centre (N, 3, size, size), by CLIP's mean and std.
+
+    crop: half a pixel of margin is rounded ("round", as torchvision) or cut off ("floor", as
+    transformers).
+    """
+    rounding = round if crop == "round" else math.floor
+    top, left = [rounding((n - size) / 2) for n in x.shape[-2:]]
+    centre = x[..., top : top + size, left : left + size]
+    mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
+    return (centre - mean[:, None, None]) / std[:, None, None]
+
+
+# --------------------------------------------------------------------------------------------------
+# open_clip's names and layouts -> those of transformers' CLIPModel
+
+OPEN_CLIP_NAMES = (
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+    (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^text_projection", "text_projection.weight"),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),  # sic
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.proj", "visual_projection.weight"),
+)
+
+
+def renamed(name, patterns):
+    """A tensor's name after all of the (pattern, replacement)s."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_open_clip(state):
+    """Names by the list above; projections transposed; in_proj split into q, k and v."""
+    translated = {}
+    for name, value in state.items():
+        name = renamed(name, OPEN_CLIP_NAMES)
+        if name in ("text_projection.weight", "visual_projection.weight"):
+            translated[name] = value.T.contiguous()
+        elif ".in_proj_" in name:
+            attention, kind = name.split("in_proj_")  # kind: weight or bias
+            for letter, part in zip("qkv", value.chunk(3)):
+                translated[f"{attention}{letter}_proj.{kind}"] = part
+        elif name != "attn_mask":
+            translated[name] = value  # build() names it if it is not CLIP's
+    return translated

@@ -1,0 +1,277 @@
+"""What is trained: a Stable Diffusion, the policy on its UNet, and the reference it stays near.
+
+pipe = load_pipeline("toy")                 # or a diffusers folder, or a hub id
+policy = Policy(pipe.unet, rank=4)          # a LoRA; Policy(pipe.unet, full=True): all weights
+eps = predict_noise(pipe.unet, x_t, t, text, null, guidance)
+with policy.reference():                    # the same UNet IS the reference in here
+    eps_ref = predict_noise(pipe.unet, x_t, t, text, null, guidance)
+policy.save("out/run")                      # diffusers' pipe.load_lora_weights("out/run") reads it
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save
+
+from parts import weights
+from parts.common import UserError, write_file
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+UNET_FILE = "diffusion_pytorch_model.safetensors"  # in unet/, of a --full run
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention of the UNet, as SPO trains
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_pipeline(model, device="cpu", dtype=torch.float32):
+    """A StableDiffusionPipeline, frozen, with a DDIM scheduler that is fit for training.
+
+    model: a diffusers folder, a hub id, "toy" or "auto". dtype: of the weights; a dict such as
+    {"default": torch.bfloat16, "unet": torch.float32} names parts. Only safetensors are read.
+    Raises UserError for a missing, incomplete, damaged or unsuitable model.
+    """
+    weights.silence_libraries()
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    where, _ = weights.resolve_model(model)
+    is_folder = os.path.isdir(where)
+    if is_folder:
+        weights.check_folder(where)
+    elif os.path.exists(where) or where.startswith((".", "/", "~")) or where.count("/") != 1:
+        raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
+    offline = is_folder or weights.hub_out_of_reach()
+    options = dict(local_files_only=offline, use_safetensors=True, low_cpu_mem_usage=False)
+    parts = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
+    parts |= dict(requires_safety_checker=False)
+    try:
+        config = DDIMScheduler.load_config(where, subfolder="scheduler", local_files_only=offline)
+        parts |= dict(scheduler=weights.ddim_scheduler(config))
+        pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, **options, **parts)
+    except UserError:
+        raise
+    except Exception as error:  # hub, disk and config errors come as a dozen types
+        hint = "check the folder" if is_folder else "is the id right and the hub in reach?"
+        raise UserError(f"cannot load {where!r}: {hint} ({weights.first_line(error)})") from error
+    weights.check_shape(pipe, where)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval().to(device)
+    # or every step would copy it, and wait for the copy
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
+    return pipe
+
+
+# --------------------------------------------------------------------------------------------------
+# The policy
+
+
+class LoRALinear(nn.Linear):
+    """W x + B A x: a frozen linear layer and a trainable one of low rank beside it.
+
+    A (r, in), B (out, r), alpha = r, so that the scale is 1. Shares the base layer's weight. A, B
+    are fp32 whatever the base is: bf16 numbers of 1e-2 cannot take a step of 6e-5 (in SPO's bf16
+    runs 5 % of them moved). B = 0 at the start, so the output is the base layer's.
+    """
+
+    def __init__(self, base, rank):
+        has_bias = base.bias is not None
+        super().__init__(base.in_features, base.out_features, bias=has_bias, device="meta")
+        self.weight, self.bias, self.on = base.weight, base.bias, True
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.normal_(self.lora_A, std=1 / rank)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        y = F.linear(x, self.weight, self.bias)
+        if self.on:
+            y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y
+
+
+class Policy:
+    """p_theta, and p_ref inside the same UNet: no second UNet runs, or lies in memory for a LoRA.
+
+    rank: of a LoRA on every attention projection; full: all weights train, in fp32, and a frozen
+    copy of them is the reference. parameters is a list: an iterator would be used up by the
+    optimiser, and clip_grad_norm_ would clip nothing (so it was in SPO and LPO).
+    """
+
+    def __init__(self, unet, rank=4, full=False):
+        self.unet, self.full, self.layers = unet, full, {}
+        if full:
+            unet.float().requires_grad_(True)
+            self.parameters = list(unet.parameters())
+            self.frozen = [p.detach().clone() for p in self.parameters]
+            return
+        for name, module in list(unet.named_modules()):
+            if isinstance(module, nn.Linear) and name.endswith(TARGETS):
+                parent, child = name.rsplit(".", 1)
+                self.layers[name] = LoRALinear(module, rank)
+                setattr(unet.get_submodule(parent), child, self.layers[name])
+        self.parameters = [p for m in self.layers.values() for p in (m.lora_A, m.lora_B)]
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Inside, the UNet is the reference policy, and no gradient is recorded."""
+        self._swap()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap()
+
+    def _swap(self):
+        for layer in self.layers.values():
+            layer.on = not layer.on
+        if self.full:
+            # .data, so that autograd, which holds the parameter itself, never notices: backward
+            # runs outside of reference(), when the policy's own numbers are back
+            for i, parameter in enumerate(self.parameters):
+                parameter.data, self.frozen[i] = self.frozen[i], parameter.data
+
+    def _tensors(self):
+        """{name: tensor} of all that trains, a LoRA in the names that diffusers and peft read."""
+        if self.full:
+            return self.unet.state_dict()
+        tensors = {}
+        for name, layer in self.layers.items():
+            tensors[f"unet.{name}.lora_A.weight"] = layer.lora_A
+            tensors[f"unet.{name}.lora_B.weight"] = layer.lora_B
+        return tensors
+
+    def state(self):
+        """{name: tensor} on the CPU."""
+        return {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
+
+    @torch.no_grad()
+    def load_state(self, state, path):
+        """Copies state()'s tensors back. Raises UserError if their names or shapes differ."""
+        mine = self._tensors()
+        weights.check_keys(mine, state, path)
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+
+    def save(self, folder, metadata=None):
+        """For others: folder/pytorch_lora_weights.safetensors, or a whole UNet as folder/unet.
+
+        metadata: {str: str}, kept in the file's header.
+        """
+        data = save(self.state(), metadata={"format": "pt", **(metadata or {})})
+        if not self.full:
+            return write_file(os.path.join(folder, LORA_FILE), data)
+        folder = os.path.join(folder, "unet")
+        os.makedirs(folder, exist_ok=True)
+        write_file(os.path.join(folder, "config.json"), self.unet.to_json_string())
+        write_file(os.path.join(folder, UNET_FILE), data)
+
+
+def policy_file(path):
+    """The file that holds a policy: path, or what a run left in that folder; None if none."""
+    names = [LORA_FILE]
+    if not os.path.exists(os.path.join(path, "model_index.json")):  # that would be a whole model
+        names += [os.path.join("unet", UNET_FILE), UNET_FILE]
+    for candidate in [path, *(os.path.join(path, name) for name in names)]:
+        if os.path.isfile(candidate):
+            return candidate
+    return None
+
+
+def load_policy(unet, path):
+    """A run's policy (its folder, or the file) onto a UNet whose own weights are the reference.
+
+    Returns a frozen Policy. Raises UserError if there is none, or one of another model.
+    """
+    file = policy_file(path)
+    if file is None:
+        raise UserError(
+            f"no LoRA at {path!r}: give a run's folder, with {LORA_FILE} or unet/ in it"
+        )
+    state = weights.read_state(file)
+    ranks = [len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")]
+    full = "conv_in.weight" in state
+    if not full and not ranks:
+        raise UserError(f"{file} holds no LoRA in diffusers' names (unet. ... .lora_A.weight)")
+    policy = Policy(unet, full=True) if full else Policy(unet, ranks[0])
+    policy.load_state(state, file)
+    unet.requires_grad_(False)
+    return policy
+
+
+# --------------------------------------------------------------------------------------------------
+# What the policy computes
+
+
+def latent_shape(pipe):
+    """(C, h, w) of one latent: (4, 64, 64) for SD1.5."""
+    size = pipe.unet.config.sample_size
+    h, w = (size, size) if isinstance(size, int) else size
+    return pipe.unet.config.in_channels, h, w
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts):
+    """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
+    length = pipe.tokenizer.model_max_length
+    options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids = pipe.tokenizer(list(prompts), **options).input_ids
+    return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
+
+
+def predict_noise(unet, x_t, t, text, null, guidance):
+    """Classifier-free guidance: null + guidance (text - null), two UNet rows per image.
+
+    x_t: (N, C, h, w); t: (N,); text: (N, L, C); null: (1, L, C), the empty prompt. guidance <= 1 is
+    none, as in diffusers: one row per image. Returned in x_t's dtype (fp32, or fp64 in tests). The
+    UNet computes in the text's dtype; if its weights are wider (--full keeps them in fp32), under
+    autocast. A frozen UNet needs no autocast, which would keep every normalisation's input in fp32.
+    """
+    compute_dtype, autocast = text.dtype, contextlib.nullcontext()
+    if unet.conv_in.weight.dtype != compute_dtype:
+        autocast = torch.autocast(x_t.device.type, compute_dtype)
+    with autocast:
+        x = x_t.to(compute_dtype)
+        if guidance <= 1:
+            return unet(x, t, text, return_dict=False)[0].to(x_t.dtype)
+        both = torch.cat([null.expand_as(text), text])  # (2N, L, C)
+        eps = unet(torch.cat([x, x]), torch.cat([t, t]), both, return_dict=False)[0]
+    eps_null, eps_text = eps.to(x_t.dtype).chunk(2)
+    return eps_null + guidance * (eps_text - eps_null)
+
+
+def in_slices(f, size, *rows, fill=False):
+    """f(*rows) by slices of `size` rows, joined again. fill: a short last slice is filled up with
+    copies of its first row, so that f meets one size (parts/fast.py)."""
+    results = []
+    for start in range(0, len(rows[0]), size):
+        part = [x[start : start + size] for x in rows]
+        count = len(part[0])
+        if fill and count < size:
+            part = [torch.cat([x, x[:1].expand(size - count, *x.shape[1:])]) for x in part]
+        results.append(f(*part)[:count])
+    return torch.cat(results)
+
+
+def decode_batch(pipe):
+    """Images that the VAE decodes at once: a megapixel. More is no faster, and more memory."""
+    _, h, w = latent_shape(pipe)
+    return max(1, min(16, 2**20 // (h * w * pipe.vae_scale_factor**2)))
+
+
+@torch.no_grad()
+def decode(pipe, latents, vae=None):
+    """Latents (N, 4, h, w) -> images (N, 3, H, W), in [0, 1] but for the VAE's overshoot.
+
+    vae: a tiny autoencoder in place of the pipeline's own.
+    """
+    vae = vae or pipe.vae
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+
+    def decode_slice(z):
+        return vae.decode(z).sample.to(latents.dtype) / 2 + 0.5
+
+    return in_slices(decode_slice, decode_batch(pipe), scaled)

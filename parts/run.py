@@ -1,0 +1,328 @@
+"""A run's folder: what is written there, how --resume reads it, and what a person looks at.
+
+config.json          flags, held-out prompts, versions, commit, device
+metrics.jsonl        pandas.read_json(..., lines=True); its lines are of a `kind`, see below
+samples/             epoch_NNN.png: the reference above the aligned model, fixed prompts and seeds
+evolution.gif        those pictures, from the first epoch to the last
+curves.png table.md  the log as curves; held-out prompts before and after
+pytorch_lora_weights.safetensors, or unet/ of a --full run: for others
+state.pt             for --resume: policy, optimiser, position; written whole after every chunk
+
+kind "step": one optimiser step, means over its pairs, each counted once whatever its weight
+  loss            -log sigmoid(margin); ln 2 = 0.693 while the policy is the reference
+  margin          beta f'(X_w) - beta f'(X_l)
+  accuracy        share of pairs with X_w > X_l BEFORE they are trained on, ties 1/2. Above 0.5 is
+                  signal; at 0.5 the run is a random walk and needs a calmer setting
+  X_w X_l         p_theta / p_ref of winner and loser before the clamp; their order is what counts
+  log_X_w log_X_l means of log X: without a clamp single pairs rule the means of X itself
+  clip_fraction   share of ratios that the clamp changed. Beyond 0.3 much of the gradient is gone:
+                  lower the learning rate, or --clip onesided
+  grad_norm       before clipping; null where fp16 overflowed and the step was skipped
+  lr pairs seconds
+  loss_q1 .. X_l_q4    the same over timesteps 0-249, .. 750-999; null if a step had no such pair
+kind "rollout": one round of sampling; none with --pairs
+  judge_mean judge_std  over every judged child, at all steps
+  judge_final           mean over the finished images; prompts differ, so compare epochs
+  valid pairs           share and number of the candidates that were clear enough to train on
+  seconds peak_gb       time; peak memory of CUDA's allocator, or of the process on a CPU
+kind "table": the figures of table.md. kind "error": why the run stopped
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from parts.common import UserError, labelled_grid, peak_gb, save_figure, write_file
+from parts.diversity import entropy_1d, rmse
+
+
+class Run:
+    """The folder, and the position in the run: optimiser steps, chunks, prompts or pairs seen."""
+
+    def __init__(self, folder, config, rank=0):
+        self.folder, self.config, self.rank = folder, config, rank
+        self.step = self.chunk = self.seen = 0
+        self.log_path = os.path.join(folder, "metrics.jsonl")
+        self.state_path = os.path.join(folder, "state.pt")
+
+    def begin(self, policy, opt, scaler):
+        """Writes a new run's first state, or goes on from the state that is there."""
+        if os.path.exists(self.state_path):
+            self.check_digest()
+            self.load(policy, opt, scaler)
+            print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
+        elif os.path.exists(self.log_path):
+            where = f"nothing to resume in {self.folder!r}"
+            raise UserError(f"{where}: its state.pt is gone; start again in another --output_dir")
+        else:
+            self.save(policy, opt, scaler)
+        if self.rank == 0:
+            config = json.dumps(self.config, indent=2) + "\n"
+            write_file(os.path.join(self.folder, "config.json"), config)
+
+    def check_digest(self):
+        with open(os.path.join(self.folder, "config.json")) as file:
+            if json.load(file)["digest"] != self.config["digest"]:
+                what = "the prompts, or the pairs or their images, were edited since this run began"
+                raise UserError(f"{what}: put them back, or start in another --output_dir")
+
+    def save(self, policy, opt, scaler):
+        """The policy for others, then all that a bit-for-bit continuation needs."""
+        if self.rank:
+            return
+        self.export(policy)
+        there = os.path.exists(self.log_path)
+        state = {
+            "policy": policy.state(),
+            "optimizer": opt.state_dict(),
+            "scaler": scaler.state_dict(),
+            "position": [self.step, self.chunk, self.seen],
+            "log_bytes": os.path.getsize(self.log_path) if there else 0,
+        }
+        write_file(self.state_path, lambda file: torch.save(state, file))
+
+    def export(self, policy):
+        """Writes the policy alone: state.pt stays where the chunk began."""
+        if self.rank == 0:
+            args = self.config["args"]
+            about = {k: str(args[k]) for k in ("model", "div", "alpha", "beta", "seed")}
+            policy.save(self.folder, about | {"commit": str(self.config["git_commit"])})
+
+    def load(self, policy, opt, scaler):
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged archive
+            what = f"{self.state_path} is damaged ({type(error).__name__})"
+            raise UserError(f"{what}: start again in another --output_dir") from error
+        policy.load_state(state["policy"], self.state_path)
+        opt.load_state_dict(state["optimizer"])
+        for group in opt.param_groups:
+            if "fused" in group:  # as suits this device, not the one of the run so far
+                group["fused"] = opt.defaults["fused"]
+        scaler.load_state_dict(state["scaler"])
+        self.step, self.chunk, self.seen = state["position"]
+        if self.rank == 0 and os.path.exists(self.log_path):
+            # what was logged after the state is logged again when its chunk is replayed
+            size = os.path.getsize(self.log_path)
+            os.truncate(self.log_path, min(state["log_bytes"], size))
+
+    def log(self, kind, **record):
+        """Appends a line to metrics.jsonl."""
+        if self.rank:
+            return
+        line = json.dumps({"kind": kind, "step": self.step, "rollout": self.chunk, **record})
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            why = f"cannot write {self.log_path} ({error.strerror})"
+            raise UserError(f"{why}: free some space, then --resume") from error
+
+    def log_rollout(self, epoch, pairs, seconds):
+        """Returns what the progress bar says of it. Raises UserError if no score is finite."""
+        scores = pairs.scores[pairs.scores.isfinite()]
+        if len(scores) == 0:
+            fix = "try --mixed_precision bf16, or another --judge"
+            raise UserError(f"none of the judge's scores is finite: {fix}")
+        std = scores.std().item() if len(scores) > 1 else math.nan
+        last = pairs.scores[-1]
+        final = last[last.isfinite()].mean().item()
+        clear = len(pairs.t)
+        record = dict(judge_mean=scores.mean().item(), judge_std=std, judge_final=final)
+        record |= dict(pairs=clear, valid=clear / pairs.scores[..., 0].numel())
+        record |= dict(seconds=seconds, peak_gb=peak_gb(pairs.t.device))
+        self.log("rollout", epoch=epoch, **record)
+        if clear == 0 and self.rank == 0:
+            what = f"rollout {self.chunk + 1}: no valid pair, nothing to learn from"
+            print(f"\n{what} (judge std {std:.3g}; try a lower --threshold)", file=sys.stderr)
+        return f"judge {final:.2f}"
+
+    def log_step(self, stats, grad_norm, learning_rate, seconds):
+        """stats: {name: (n,)} of the step's pairs. Returns what the progress bar says of it."""
+        record = means(stats) | dict(pairs=len(stats["loss"]), lr=learning_rate, seconds=seconds)
+        record["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+        self.log("step", **record)
+        return f"step {self.step}, accuracy {record['accuracy']:.2f}"
+
+    def save_table(self, judge, prompts, before, after):
+        """table.md, printed. before, after: (P, K, 3, H, W) of the same prompts and seeds."""
+        figures = [figures_per_prompt(judge, prompts, images) for images in (before, after)]
+        table, changes = before_after_table(*figures, before.shape[1])
+        write_file(os.path.join(self.folder, "table.md"), table)
+        self.log("table", figures=changes)
+        print(f"\n{table}(+- is the standard error over prompts; of the change, of the paired")
+        print("difference. It does not see the noise of training: run other seeds for that.)")
+
+    def check_finite(self, stats, grad_norm, scaler):
+        """Raises UserError, naming step, timestep and ratio, before a weight is broken."""
+        broken = ~stats["loss"].isfinite()
+        # a loss can saturate while its gradient overflows; in fp16 the scaler sees to the latter
+        if not broken.any() and (scaler.is_enabled() or math.isfinite(grad_norm)):
+            return
+        worst = broken if broken.any() else stats["log_X_w"].abs() == stats["log_X_w"].abs().max()
+        t, X_w, X_l = (stats[name][worst][0].item() for name in ("t", "X_w", "X_l"))
+        why = f"loss or gradient is not finite at optimiser step {self.step + 1}, timestep {t:g}, "
+        why += f"X_w {X_w:g}, X_l {X_l:g}"
+        self.log("error", message=why)
+        fix = "lower --learning_rate or --beta, or keep the clip"
+        raise UserError(f"{why}: {fix}; the last checkpoint is in {self.folder}")
+
+
+def means(stats):
+    """Means over the pairs, and over each quarter of the timesteps: loss_q1 (0..249) .. loss_q4."""
+    quarter = (stats["t"] // 250).clamp(max=3)
+    record = {}
+    for name, values in stats.items():
+        if name == "t":
+            continue
+        record[name] = values.mean().item()
+        for q in range(4):
+            here = values[quarter == q]
+            record[f"{name}_q{q + 1}"] = here.mean().item() if len(here) else None
+    return record
+
+
+def environment(device):
+    """What config.json says of the machine and the code."""
+    import diffusers
+    import transformers
+
+    libraries = dict(torch=torch, diffusers=diffusers, transformers=transformers, numpy=np)
+    versions = {name: library.__version__ for name, library in libraries.items()}
+    commit = None
+    if shutil.which("git"):
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions["python"] = sys.version.split()[0]
+    return {"versions": versions, "git_commit": commit, "device": name}
+
+
+# --------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def save_pictures(folder, prompts, reference, images, epoch):
+    """samples/epoch_NNN.png, and evolution.gif anew. reference, images: (P, n, 3, H, W)."""
+    rows = []
+    for p, prompt in enumerate(prompts):
+        rows.append((f"{prompt}   [reference]", reference[p]))
+        rows.append((f"{prompt}   [aligned, epoch {epoch}]", images[p]))
+    samples = os.path.join(folder, "samples")
+    cell = 96 if images.shape[-1] < 128 else 256
+    labelled_grid(rows, os.path.join(samples, f"epoch_{epoch:03d}.png"), cell)
+    frames = []
+    for name in sorted(os.listdir(samples)):
+        if name.endswith(".png"):
+            frame = Image.open(os.path.join(samples, name))
+            frame.thumbnail((640, 640))
+            frames.append(frame.quantize(64))
+    options = dict(save_all=True, append_images=frames[1:], duration=600, loop=0)
+    path = os.path.join(folder, "evolution.gif")
+    write_file(path, lambda file: frames[0].save(file, "GIF", **options))
+
+
+def read_log(folder, kind):
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        records = [json.loads(line) for line in file]
+    return [record for record in records if record["kind"] == kind]
+
+
+def running_mean(values, width=9):
+    """(n,) -> (n,), over fewer values at the ends."""
+    window = np.ones(min(width, len(values)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def draw_curves(folder):
+    """curves.png: whether the judge rose, and what the loss did."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, rollouts = read_log(folder, "step"), read_log(folder, "rollout")
+    if not steps:
+        return
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    panels = {"margin": "margin", "loss": "loss", "accuracy": "accuracy before the step"}
+    panels["clip_fraction"] = "clip fraction"
+    x = [record["step"] for record in steps]
+    for ax, (key, title) in zip(axes, panels.items()):
+        values = [record[key] for record in steps]
+        ax.plot(x, values, ".", ms=2, color="#bbbbbb")
+        ax.plot(x, running_mean(values), color="#2166ac")
+        ax.set(title=title, xlabel="optimiser step")
+    axes[1].axhline(math.log(2), ls=":", color="black", lw=1)
+    axes[2].axhline(0.5, ls=":", color="black", lw=1)
+    if rollouts:  # the judge is more telling than the margin
+        axes[0].clear()
+        points = [(record["step"], record["judge_final"]) for record in rollouts]
+        axes[0].plot(*zip(*points), "o-", ms=3, color="#b2182b")
+        axes[0].set(title="judge, finished training images", xlabel="optimiser step")
+    save_figure(figure, os.path.join(folder, "curves.png"))
+
+
+def figures_per_prompt(judge, prompts, images):
+    """{figure: (P,)} of images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's K
+    images or their pairs. judge None: diversity alone."""
+    P, K = images.shape[:2]
+    eight_bit = (images * 255).round().clamp(0, 255).byte()
+    flat = eight_bit.flatten(0, 1).float() / 255  # (P K, 3, H, W)
+    each = [prompt for prompt in prompts for _ in range(K)]
+    figures = {}
+    if judge:
+        text = judge.encode(prompts).repeat_interleave(K, 0)
+        batches = zip(flat.split(16), text.split(16))
+        scores = torch.cat([judge(x, y).float().cpu() for x, y in batches])
+        figures[f"{judge.name} (the judge)"] = scores
+    if hasattr(judge, "report"):
+        figures |= judge.report(flat, each)
+    # a figure is left out if it has no value at all: captions that a checker cannot read
+    known = {name: v for name, v in figures.items() if not v.isnan().all()}
+    result = {name: v.view(P, K).nanmean(1) for name, v in known.items()}
+    rows = [[x.permute(1, 2, 0) for x in row] for row in eight_bit]
+    if K > 1:
+        apart = [[rmse(*two, 255) for two in itertools.combinations(row, 2)] for row in rows]
+        result["diversity: RMSE between images of a prompt"] = torch.tensor(np.mean(apart, 1))
+    entropies = [[entropy_1d(x) for x in row] for row in rows]
+    result["diversity: entropy of an image, bits"] = torch.tensor(np.mean(entropies, 1))
+    return result
+
+
+def before_after_table(before, after, count):
+    """(Markdown, {figure: {before, after, change, se}}) of two figures_per_prompt of the same
+    prompts and seeds. +- is the standard error over prompts; of the change, of its paired mean."""
+
+    def mean_and_error(v):
+        v = v.double()[~v.isnan()]
+        return v.mean().item(), v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan
+
+    def cell(mean, error, sign=""):
+        return f"{mean:{sign}.3f}" + (f" +- {error:.3f}" if error == error else "")
+
+    prompts = len(next(iter(before.values())))
+    lines = [f"| {prompts} held-out prompts x {count} images | before | after | change "]
+    lines[0] += "| change / its error |"
+    lines.append("|---|---|---|---|---|")
+    figures = {}
+    for name in before:
+        old, new = mean_and_error(before[name]), mean_and_error(after[name])
+        change, error = mean_and_error(after[name].double() - before[name].double())
+        ratio = f"{change / error:+.1f}" if error > 0 else "-"
+        lines.append(
+            f"| {name} | {cell(*old)} | {cell(*new)} | {cell(change, error, '+')} | {ratio} |"
+        )
+        figures[name] = {"before": old[0], "after": new[0], "change": change, "se": error}
+    return "\n".join(lines) + "\n", figures
