@@ -8,18 +8,16 @@
 
 The protocol, as far as the paper states it:
 1. Every model paints K images of every held-out prompt, with seeds that all models share.
-2. A judge scores an image, an entropy too; other metrics compare the K (K - 1) / 2 pairs of images
-   of a prompt.
-3. The value of a prompt is the mean over its images or pairs.
+2. A judge scores an image, an entropy too; other metrics compare each two images of a prompt.
+3. The value of a prompt is the mean over its K images, or over its K (K - 1) / 2 comparisons.
 4. A cell is the mean over the prompts ± their standard deviation (and the mean's standard error).
 
 --output_dir gets table2.md, table3.md, summary.csv, tradeoff.png, and for each model images/ and
-scores/METRIC.csv, a row an image or a pair. What is there is not computed again, unless what it
-depends on has changed. So a call that was killed goes on, and several may share the folder, one
-judge a GPU. (The code of a judge is not looked at: when you change yours, delete its CSV.)
+scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed. So a
+call that was killed goes on, and several may share the folder, one judge a GPU. (The code of a
+judge is not looked at: when you change yours, delete its CSV.)
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -29,17 +27,15 @@ import math
 import os
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from parts import diversity
+from parts import diversity, weights
 from parts.common import (
-    Parser,
     UserError,
     hold_out,
     make_folder,
@@ -53,63 +49,65 @@ from parts.common import (
     write_file,
     write_png,
 )
-from parts.images import list_images, read_image
+from parts.flags import build_parser, check_range
+from parts.images import list_images, read_image, to_pixels
 from parts.judges import JUDGES, load_judge
 from parts.model import load_pipeline, load_policy, policy_file
-from parts.weights import (
-    SD15,
-    find_hpdv2_prompts,
-    find_prompts,
-    read_config,
-    read_train_json,
-    resolve_model,
-)
 from sample import generate, seed_of
 
-# name: title, which is better, digits, GB of weights, SD v1.5 in the paper (mean ± sd)
+# name: title, which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
 TABLE2 = {
-    "clipscore": ("CLIPScore", "↑", 3, 3.9, "0.352 ± 0.049"),
-    "vqascore": ("VQAScore", "↑", 3, 22.9, "0.601 ± 0.243"),
-    "aesthetic": ("Aesthetic", "↑", 3, 1.7, "5.648 ± 0.526"),
-    "imagereward": ("ImageReward", "↑", 3, 1.8, "0.173 ± 1.011"),
-    "pickscore": ("PickScore", "↑", 3, 3.9, "20.908 ± 1.228"),
-    "hps": ("HPS v2", "↑", 3, 2.0, "26.933 ± 1.454"),
+    "clipscore": ("CLIPScore", "↑", 3.9, "0.352 ± 0.049"),
+    "vqascore": ("VQAScore", "↑", 22.9, "0.601 ± 0.243"),
+    "aesthetic": ("Aesthetic", "↑", 1.7, "5.648 ± 0.526"),
+    "imagereward": ("ImageReward", "↑", 1.8, "0.173 ± 1.011"),
+    "pickscore": ("PickScore", "↑", 3.9, "20.908 ± 1.228"),
+    "hps": ("HPS v2", "↑", 2.0, "26.933 ± 1.454"),
 }
 TABLE3 = {
-    "clip_i": ("CLIPScore image-image", "↓", 3, 3.9, "0.7994 ± 0.0842"),
-    "entropy_1d": ("Entropy 1D", "↑", 2, 0, "7.2547 ± 0.6230"),
-    "entropy_2d": ("Entropy 2D", "↑", 2, 0, "14.0615 ± 1.3478"),
-    "lpips": ("LPIPS", "↑", 3, 0.24, "0.6306 ± 0.0707"),
-    "rmse": ("RMSE", "↑", 4, 0, "0.0202 ± 0.0043"),
-    "psnr": ("PSNR", "↓", 2, 0, "34.0374 ± 1.8413"),
-    "ssim": ("SSIM", "↓", 3, 0, "0.7344 ± 0.0858"),
-    "fsim": ("FSIM", "↓", 3, 0, "0.2942 ± 0.0307"),
+    "clip_i": ("CLIPScore image-image", "↓", 3.9, "0.7994 ± 0.0842"),
+    "entropy_1d": ("Entropy 1D", "↑", 0, "7.2547 ± 0.6230"),
+    "entropy_2d": ("Entropy 2D", "↑", 0, "14.0615 ± 1.3478"),
+    "lpips": ("LPIPS", "↑", 0.24, "0.6306 ± 0.0707"),
+    "rmse": ("RMSE", "↑", 0, "0.0202 ± 0.0043"),
+    "psnr": ("PSNR", "↓", 0, "34.0374 ± 1.8413"),
+    "ssim": ("SSIM", "↓", 0, "0.7344 ± 0.0858"),
+    "fsim": ("FSIM", "↓", 0, "0.2942 ± 0.0307"),
+}
+# flag: (default, its range, what it is)
+FLAGS = {
+    "prompts": ("", None, "a file, or hpdv2 (default: what a run held out, or prompts.txt)"),
+    "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
+    "images_per_prompt": (0, "[0, inf)", "K; 0: what is there, or 4"),
+    "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder or a hub id"),
+    "weights": ("", None, "a folder of the judges' weights, in place of the hub"),
+    "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
+    "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
+    "batch_size": (16, "[1, inf)", "images painted at once"),
+    "skip_bad": (False, None, "leave out files that are no whole images"),
+    "device": ("auto", None, "auto, cpu, cuda, cuda:1"),
+    "output_dir": ("out/evaluation", None, "of tables, images and scores"),
 }
 
 
 @dataclass
 class Row:
-    """A line of the tables: a model, or a folder of images."""
+    """A line of the tables."""
 
-    label: str
-    model: str = None  # a folder or a hub id. None: the images come from elsewhere
-    policy: str = None  # a run's folder, or a LoRA file. None: the model as it is
-    run: dict = field(default=None, compare=False)  # config.json of a run of train.py
+    source: str  # what the user named: a run, a LoRA file, a model or a folder of images
+    model: str  # that paints, a folder or a hub id: the source itself, if it is the original
+    run: dict  # config.json of a run of train.py
+    label: str = None
+    folder: str = None  # of its scores
     images: str = None  # the folder of its images
-    folder: str = None  # of its scores, in --output_dir
-    files: dict = field(default_factory=dict)  # (p, k) -> path of image k of prompt p, sorted
-    stamp: str = None  # tells these images and their prompts from others
-    summaries: dict = field(default_factory=dict)  # name of a metric -> Summary
+    files: dict = None  # (p, k) -> path of image k of prompt p
     bad_files: int = 0
-
-    @property
-    def title(self):
-        return self.label if self.policy or not self.model else f"{self.label} (original)"
+    stamp: str = None  # tells these images and prompts from others
+    scores: dict = None  # metric -> summary over the prompts
 
 
 def main():
-    args, start = parse_args(), time.time()
-    device = pick_device(args.device)
+    start, args = time.time(), parse_args()
     rows = find_rows(args)
     judges, metrics = choose_metrics(args, rows)
     prompts = choose_prompts(args, rows)
@@ -119,17 +117,18 @@ def main():
     for row in rows:
         make_folder(f"{row.folder}/scores")
         if row.model:
-            paint(row, prompts, choose_sampler(args, rows), args, device)
-        row.stamp = f"# images {digest(row.files.values(), (list(row.files), prompts))}"
-    not_run = {}  # name -> why
+            paint(row, prompts, choose_sampler(args, rows), args)
+        row.stamp = f"# images {digest(row.files.values(), [*row.files, prompts])}"
+    not_run = {}  # metric -> why
     for name in judges + metrics:
         try:
-            score(rows, name, prompts, args.weights, device)
-        except UserError as error:  # weights that are not here, or images that it cannot take
+            score(rows, name, prompts, args)
+        except UserError as error:  # such as weights that are not here: its cells will say so
             not_run[name] = str(error)
-    write_tables(rows, args, not_run)
-    print(f"{time.time() - start:.0f} s, peak memory {peak_gb(device) or math.nan:.2f} GB")
-    for name in (args.judges or []) + (args.metrics or []):
+    write_tables(rows, args.output_dir, not_run)
+    peak = peak_gb(args.device) or math.nan
+    print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")
+    for name in args.judges + args.metrics:
         if name in not_run:
             raise UserError(f"{name} was asked for, but not run: {not_run[name]}")
 
@@ -139,112 +138,86 @@ def main():
 
 
 def parse_args():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("targets", nargs="+", help="runs, LoRA files, models, folders of images")
-    p.add_argument("--judges", nargs="+", choices=[*JUDGES, "none"], help="(default: all six)")
-    p.add_argument("--metrics", nargs="+", choices=[*TABLE3, "none"], help="(default: all eight)")
-    p.add_argument("--prompts", help="a file, or hpdv2 (default: what was held out of a run)")
-    p.add_argument("--num_prompts", type=at_least_1, help="the first so many of them")
-    p.add_argument("--images_per_prompt", type=at_least_1, help="K (default: 4, or what is there)")
-    p.add_argument("--model", default="auto", help="that LoRA files belong to (default: auto)")
-    p.add_argument("--weights", help="a folder of weights, in place of the hub (parts/weights.py)")
-    p.add_argument("--num_inference_steps", type=at_least_1, help="(default: the run's, or 20)")
-    p.add_argument("--guidance_scale", type=float, help="(default: the run's, or 5)")
-    p.add_argument("--batch_size", type=at_least_1, default=16, help="images painted at once")
-    p.add_argument("--skip_bad", action="store_true", help="leave out files that are no images")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    p.add_argument("--output_dir", default="out/evaluation", help="(default: out/evaluation)")
-    return p.parse_args()
-
-
-def at_least_1(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    parser = build_parser(FLAGS, __doc__)
+    parser.add_argument("targets", nargs="+", help="runs, LoRA files, models, folders of images")
+    for flag, known in (("--judges", JUDGES), ("--metrics", TABLE3)):
+        parser.add_argument(flag, nargs="+", default=[], choices=[*known, "none"])
+    args = parser.parse_args()
+    for name, (_, allowed, _) in FLAGS.items():
+        check_range(name, getattr(args, name), allowed)
+    args.device = pick_device(args.device)
+    return args
 
 
 def find_rows(args):
     """The lines of the tables: the originals of all models, then what is asked for."""
     asked = [find_row(target, args.model) for target in args.targets]
-    originals = [Row(os.path.basename(r.model), r.model, run=r.run) for r in asked if r.model]
+    originals = [Row(row.model, row.model, row.run) for row in asked if row.model]
     rows = {}
     for row in originals + asked:
-        row.folder = f"{args.output_dir}/{row.label}"
-        row.images = row.images or f"{row.folder}/images"
-        if rows.setdefault(row.label, row) != row:
-            raise UserError(f"two things to score are both called {row.label}: rename one folder")
+        name = os.path.basename(row.source).removesuffix(".safetensors")
+        row.label = f"{name} (original)" if row.source == row.model else name
+        row.folder = f"{args.output_dir}/{name}"
+        row.images = f"{row.folder}/images" if row.model else row.source
+        if rows.setdefault(name, row).source != row.source:
+            raise UserError(f"two things to score are both called {name}: rename one folder")
     return list(rows.values())
 
 
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
-    path, run = os.path.abspath(target), None
-    label = os.path.basename(path).removesuffix(".safetensors")
-    is_hub_id = target.count("/") == 1 and not target.startswith((".", "/", "~", "out/"))
-    named = not os.path.exists(path) and (target in ("toy", "auto") or is_hub_id)
-    if named or os.path.exists(f"{path}/model_index.json"):
-        model = find_model(target)
-        return Row(os.path.basename(model), model)
-    if os.path.exists(f"{path}/config.json"):
-        run = read_config(path)
-        if "args" not in run or not policy_file(path):
-            raise UserError(f"{target!r} is no run of train.py that holds a LoRA or a UNet")
-        model = run["args"]["model"]
-    if policy_file(path):
-        return Row(label, find_model(model), path, run)
-    if os.path.isdir(path) and list_images(path)[0]:
-        return Row(label, images=path)
-    why = f"nothing to score at {target!r}: give a run's folder, a LoRA, a model, or images"
-    raise UserError(f"{why} P_K.png, P/K.png or P.png, P the line of the prompt from 0")
+    source = find_model(target)
+    is_path = os.path.exists(source) or source.startswith((".", "/", "~", "out/"))
+    is_hub_id = source.count("/") == 1 and not is_path
+    if is_hub_id or os.path.exists(f"{source}/model_index.json"):
+        return Row(source, source, {})
+    if policy_file(source):
+        run = weights.read_config(source) if os.path.exists(f"{source}/config.json") else {}
+        return Row(source, find_model(run.get("args", {}).get("model", model)), run)
+    if os.path.isdir(source):
+        return Row(source, None, {})
+    raise UserError(f"nothing to score at {target!r}: give a run, a LoRA, a model, or images")
 
 
 def find_model(model):
-    where, _ = resolve_model(model)
+    where, _ = weights.resolve_model(model)
     return os.path.realpath(where) if os.path.isdir(where) else where
 
 
 def choose_metrics(args, rows):
-    """(judges, metrics). A model whose train.json names a judge has it, and no need of weights."""
-    own = {read_train_json(row.model).get("judge") for row in rows if row.model} - {None}
-    free = [name for name in TABLE3 if not TABLE3[name][3]]
-    judges = args.judges or own or TABLE2
-    metrics = args.metrics or (free if own else TABLE3)
+    """(judges, metrics). For a model whose train.json names a judge: those without weights."""
+    own = weights.read_train_json(rows[0].source).get("judge")
+    judges = args.judges or ([own] if own else TABLE2)
+    metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][2]]
     return [[name for name in names if name != "none"] for names in (judges, metrics)]
 
 
 def choose_prompts(args, rows):
-    if args.prompts:
-        hpdv2 = args.prompts == "hpdv2"
-        prompts = read_prompts(find_hpdv2_prompts(args.weights) if hpdv2 else args.prompts)
-    else:
-        lists = {tuple(own_prompts(row, args.weights)) for row in rows} - {()}
-        if len(lists) > 1 or rows[0].model and not lists:
-            raise UserError("which prompts? Those of runs, models or folders differ: --prompts")
-        prompts = list(lists.pop()) if lists else []
-    return prompts[: args.num_prompts]
+    path = args.prompts
+    if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
+        path = weights.find_hpdv2_prompts(args.weights)
+    lists = {tuple(read_prompts(path) if path else own_prompts(row)) for row in rows} - {()}
+    if len(lists) > 1 or (rows[0].model and not lists):
+        raise UserError("which prompts? Those of runs, models or folders differ: say --prompts")
+    prompts = list(lists.pop()) if lists else []
+    return prompts[: args.num_prompts or None]
 
 
-def own_prompts(row, weights):
+def own_prompts(row):
     """Prompts that the policy was not trained on."""
-    if row.model == SD15:  # SPO trains on others, and the paper evaluates on these
-        return read_prompts(find_hpdv2_prompts(weights))
-    if row.run:
-        return row.run.get("held_out", [])
-    path = find_prompts(row.model) if row.model else f"{row.images}/prompts.txt"
-    prompts = read_prompts(path) if path and os.path.exists(path) else []
-    if not row.model:
-        return prompts
-    return hold_out(prompts, read_train_json(row.model).get("num_eval_prompts", 32))[1]
+    path = weights.find_prompts(row.model or row.images)
+    prompts = read_prompts(path) if path else []
+    if row.model:
+        count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
+        prompts = row.run.get("held_out") or hold_out(prompts, count)[1]
+    return prompts
 
 
 def choose_sampler(args, rows):
-    """The settings of the run, where no flag says others."""
-    runs = [row.run["args"] for row in rows if row.run]
+    """What flags say, or else the run."""
     sampler = {"num_inference_steps": 20, "guidance_scale": 5.0}
-    for settings in [*runs, vars(args)]:
-        sampler |= {name: settings[name] for name in sampler if settings.get(name) is not None}
-    return sampler
+    run = next((row.run["args"] for row in rows if "args" in row.run), sampler)
+    return {name: getattr(args, name) or run[name] for name in sampler}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,91 +225,79 @@ def choose_sampler(args, rows):
 
 
 def find_images(row, prompts, args):
-    """Sets row.files to the first K images of every prompt, having read them all."""
-    check_prompts(row, prompts)
+    """Sets row.files to the first K images of every prompt."""
+    path = weights.find_prompts(row.images)
+    theirs = read_prompts(path) if path else []
+    if theirs[: len(prompts)] != prompts[: len(theirs)]:
+        raise UserError(f"{path} does not match the prompts in use: say other --prompts")
     found, bad = list_images(row.images)
+    row.bad_files = len(bad)
+    if not found or (bad and not args.skip_bad):
+        what = f"{len(found)} prompts and {len(bad)} other or damaged files, such as {bad[:1]}"
+        why = f"{row.images} has no LoRA, and as a folder of images P_K.png, P/K.png or P.png"
+        raise UserError(f"{why} it holds {what}: mend them, or --skip_bad")
     count = len(prompts) or max(found) + 1
-    if max(found) >= count and not args.num_prompts:
-        why = f"{row.images} has images of prompt {max(found)}, but there are {count} prompts"
-        raise UserError(f"{why}, counted from 0: give the prompts they were made from")
+    if len(found) > count and not args.num_prompts:
+        raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
     # where nobody says how many, the first folder does
     args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
+    row.files = {}
     for p in range(count):
-        images = sorted(found.get(p, {}).items())
-        if len(images) < args.images_per_prompt:
+        images = sorted(found.get(p, {}).items())[: args.images_per_prompt]
+        row.files |= {(p, k): path for k, path in images}
+        if len(images) < args.images_per_prompt and not args.skip_bad:
             why = f"prompt {p} has {len(images)} images, not {args.images_per_prompt}"
             raise UserError(f"{row.images}: {why}: add some, or say --images_per_prompt")
-        for k, path in images[: args.images_per_prompt]:
-            try:
-                read_image(path)
-                row.files[p, k] = path
-            except UserError:
-                bad.append(path)
-    row.bad_files = len(bad)
-    if bad and not (args.skip_bad and row.files):
-        why = f"{row.images}: {len(bad)} files are not whole images P_K.png, such as {bad[0]}"
-        raise UserError(f"{why}: mend them, or --skip_bad")
 
 
-def check_prompts(row, prompts):
-    """Raises UserError if the images were made from other prompts. Returns how many these were."""
-    path = f"{row.images}/prompts.txt"
-    theirs = read_prompts(path) if os.path.exists(path) else []
-    for p, (there, here) in enumerate(zip(theirs, prompts)):
-        if there != here:
-            why = f"{path} does not match the prompts in use: prompt {p} is {there!r} there"
-            raise UserError(f"{why}, {here!r} here: change --prompts, or --output_dir")
-    return len(theirs)
-
-
-def paint(row, prompts, sampler, args, device):
+def paint(row, prompts, sampler, args):
     """Sets row.files, and paints those that are not there, each whole or not at all."""
     args.images_per_prompt = args.images_per_prompt or 4
-    check_settings(row, sampler)
+    check_settings(row, prompts, sampler)
     make_folder(row.images)
-    if check_prompts(row, prompts) < len(prompts):
-        write_file(f"{row.images}/prompts.txt", "\n".join(prompts))
-    for p, k in itertools.product(range(len(prompts)), range(args.images_per_prompt)):
-        row.files[p, k] = f"{row.images}/{p:05d}_{k}.png"
+    numbers = itertools.product(range(len(prompts)), range(args.images_per_prompt))
+    row.files = {(p, k): f"{row.images}/{p:05d}_{k}.png" for p, k in numbers}
     missing = [key for key, path in row.files.items() if not os.path.exists(path)]
     if not missing:
         return
-    pipe = load_pipeline(row.model, device, torch.float32 if device == "cpu" else torch.float16)
-    if row.policy:
-        load_policy(pipe.unet, row.policy)
+    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    pipe = load_pipeline(row.model, args.device, dtype)
+    if row.source != row.model:
+        load_policy(pipe.unet, row.source)
     with progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
+        options = dict(batch_size=args.batch_size, progress=bar.update)
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(p, k) for p, k in batch]
-            images = generate(pipe, captions, seeds, *sampler.values(), progress=bar.update)
+            images = generate(pipe, captions, seeds, *sampler.values(), **options)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
 
-def check_settings(row, sampler):
-    """What images depend on besides prompt and seed is written down before the first is painted.
+def check_settings(row, prompts, sampler):
+    """What images depend on besides their seeds is written down before the first is painted.
 
     Raises UserError if those that are there were painted with other settings.
     """
     unet = sorted(Path(row.model).glob("unet/*.safetensors"))  # none: a hub id
-    policy = [policy_file(row.policy)] if row.policy else []
-    settings = {"weights": digest(unet + policy, None if unet else row.model), **sampler}
+    policy = [policy_file(row.source)] if row.source != row.model else []
+    settings = {"weights": digest(unet + policy, row.model), **sampler, "prompts": prompts}
     path = Path(row.folder, "settings.json")
     if not path.exists():
         write_file(path, json.dumps(settings))
-    other = dict(json.loads(path.read_text()).items() - settings.items())
+    painted = json.loads(path.read_text())
+    other = [f"{name} {painted[name]}" for name in settings if painted[name] != settings[name]]
     if other:
-        why = f"{row.images} was painted with other settings ({other}, not {settings})"
+        why = f"{row.images} was painted with other settings ({'; '.join(other)})"
         raise UserError(f"{why}: give another --output_dir, or delete {row.folder}")
 
 
-def digest(paths, more=None):
+def digest(paths, more):
     """Of the bytes of some files, and of what repr says of more."""
     total = hashlib.sha256(repr(more).encode())
     for path in paths:
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(np.memmap(path, mode="r"))
     return total.hexdigest()[:16]
 
 
@@ -344,46 +305,51 @@ def digest(paths, more=None):
 # Scores: a file a model and a metric, written when the metric is finished
 
 
-def score(rows, name, prompts, weights, device):
+def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
-    needs_weights = name not in TABLE3 or TABLE3[name][3]
-    place = f", weights {os.path.abspath(weights) if weights and needs_weights else None}\n"
-    todo = [row for row in rows if not read_scores(row, name, place)]
-    if not todo:
-        return
-    metric = load_metric(name, prompts, device, weights)
-    for row in todo:
-        table, columns = [], {}
-        with progress_bar(total=len(row.files), unit="image", desc=f"{name}: {row.label}") as bar:
-            for p, keys in itertools.groupby(row.files, itemgetter(0)):
-                images = {k: torch.from_numpy(read_image(row.files[p, k])) for _, k in keys}
-                check_sizes(name, row.images, p, images)
-                columns = measure(name, metric, p, images, prompts, device)
-                table += zip(itertools.repeat(p), *columns.values())
-                bar.update(len(images))
-        if not table:
+    needs_weights = name not in TABLE3 or TABLE3[name][2]
+    place = f", weights {args.weights if needs_weights else ''!r}"
+    metric, least = None, diversity.LEAST.get(name, 1)
+    for row in rows:
+        if read_scores(row, name, place):
+            continue
+        metric = metric or load_metric(name, prompts, args)
+        lines = []
+        bar = progress_bar(iterable=row.files, unit="image", desc=f"{name} of {row.label}")
+        for p, keys in itertools.groupby(bar, itemgetter(0)):
+            images = {
+                k: torch.from_numpy(read_image(row.files[p, k])).to(args.device) for _, k in keys
+            }
+            sizes = {image.shape[:2] for image in images.values()}
+            if len(sizes) > 1 or min(min(sizes)) < least:
+                why = f"{name} needs images of one size, at least {least} pixels each way"
+                raise UserError(f"{why}: see prompt {p} of {row.label}")
+            lines += [
+                {"prompt_index": p} | line for line in measure(name, metric, p, images, prompts)
+            ]
+        if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
-        write_csv(score_path(row, name), [["prompt_index", *columns], *table], row.stamp + place)
+        write_csv(f"{row.folder}/scores/{name}.csv", lines, f"{row.stamp}{place}\n")
 
 
 def read_scores(row, name, place=""):
     """[{column: text}] of a score file of these images (and of weights from that place), or []."""
-    path = f"{row.folder}/scores/{name}.csv"
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        fits = file.readline().startswith(row.stamp + place)
-        return list(csv.DictReader(file)) if fits else []
+    path = Path(row.folder, "scores", f"{name}.csv")
+    lines = path.read_text().splitlines() if path.exists() else [""]
+    return list(csv.DictReader(lines[1:])) if lines[0].startswith(row.stamp + place) else []
 
 
-def write_csv(path, table, first_line=""):
+def write_csv(path, lines, first_line=""):
+    """lines: [{column: value}]."""
     text = io.StringIO()
     text.write(first_line)
-    csv.writer(text, lineterminator="\n").writerows(table)
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     write_file(path, text.getvalue())
 
 
-def load_metric(name, prompts, device, weights):
+def load_metric(name, prompts, args):
     """(judge, text) of Table 2's; of Table 3's (prepare, compare): what is computed once an image,
     and once a pair of prepared images."""
     if name not in TABLE3:
@@ -391,13 +357,13 @@ def load_metric(name, prompts, device, weights):
             raise UserError(
                 f"{name} needs the prompts: --prompts FILE, or a prompts.txt beside them"
             )
-        judge = load_judge(name, device, weights)
+        judge = load_judge(name, args.device, args.weights)
         return judge, judge.encode(prompts or [""])
     if name == "lpips":
-        net = diversity.LPIPS(device, weights)
+        net = diversity.LPIPS(args.device, args.weights)
         return net.features, net.distance
     if name == "clip_i":
-        judge = load_judge("clipscore", device, weights)
+        judge = load_judge("clipscore", args.device, args.weights)
         return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
     if name == "fsim":
         return diversity.fsim_maps, diversity.fsim_of_maps
@@ -406,71 +372,56 @@ def load_metric(name, prompts, device, weights):
 
 
 def measure(name, metric, p, images, prompts):
-    """{column: values} of the images {k: uint8 (H, W, 3)} of prompt p, or of their pairs."""
+    """[{column: value}] of the images {k: uint8 (H, W, 3)} of prompt p, or of each two of them."""
     if name not in TABLE3:
         judge, text = metric
         pixels = to_pixels(images.values())
-        text_of_p = text[[p if prompts else 0] * len(images)]
-        columns = {name: judge(pixels, text_of_p)}
+        scores = {name: judge(pixels, text[[p if prompts else 0] * len(images)])}
         if prompts and hasattr(judge, "report"):
-            columns |= judge.report(pixels, [prompts[p]] * len(images))
-        return {"image": images} | {key: values.tolist() for key, values in columns.items()}
+            scores |= judge.report(pixels, [prompts[p]] * len(images))
+        values = torch.stack(list(scores.values()), 1).tolist()
+        return [{"image": k} | dict(zip(scores, line)) for k, line in zip(images, values)]
     prepare, compare = metric
     ready = {k: prepare(image) for k, image in images.items()}
     if compare is None:
-        return {"image": ready, name: ready.values()}
-    pairs = list(itertools.combinations(ready, 2))
-    values = [float(compare(ready[i], ready[j])) for i, j in pairs]
-    return {"image_1": [i for i, _ in pairs], "image_2": [j for _, j in pairs], name: values}
-
-
-def to_pixels(images):
-    """uint8 (H, W, 3) each -> (N, 3, H, W) in [0, 1]."""
-    return torch.stack(list(images)).permute(0, 3, 1, 2).float() / 255
+        return [{"image": k, name: value} for k, value in ready.items()]
+    lines = []
+    for i, j in itertools.combinations(ready, 2):
+        lines.append({"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))})
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables
 
 
-class Summary(NamedTuple):
-    """One metric of one row, over the prompts."""
-
-    mean: float
-    sd: float
-    se: float
-    prompts: int
-    left_out: int  # values that are not finite: FSIM of a black image, PSNR of identical ones
-
-
-def write_tables(rows, args, not_run):
+def write_tables(rows, output_dir, not_run):
     """table2.md, table3.md, summary.csv and tradeoff.png, of all score files that fit."""
-    table2 = dict(TABLE2)
+    table2, summaries = dict(TABLE2), []
     for row in rows:
+        row.scores = {}
         for path in sorted(Path(row.folder).glob("scores/*.csv")):
             lines = read_scores(row, path.stem)
             for figure in lines[0] if lines else ():
                 if figure not in ("prompt_index", "image", "image_1", "image_2"):
-                    row.summaries[figure] = summarise(lines, figure)
+                    row.scores[figure] = summarise(lines, figure)
+                    summaries.append({"model": row.label, "metric": figure, **row.scores[figure]})
                     if figure not in TABLE3:  # perhaps a judge of your own
-                        table2.setdefault(figure, (figure, "↑", 3, 0, "-"))
-    for name, (_, _, _, size, _) in (table2 | TABLE3).items():
-        flag = "--metrics" if name in TABLE3 else "--judges"
-        not_run.setdefault(name, f"not asked for: {flag} {name}, {size} GB of weights")
-    for title, columns in (("Table 2: alignment", table2), ("Table 3: diversity", TABLE3)):
-        text = make_table(columns, rows, not_run)
-        write_file(f"{args.output_dir}/table{title[6]}.md", text)
-        print(f"\n{title}\n\n{text}")
-    table = [["model", "metric", *Summary._fields, "not_run"]]
-    for row, name in itertools.product(rows, table2 | TABLE3):
-        summary = row.summaries.get(name)
-        values = [*summary, ""] if summary else ["", "", "", "", "", not_run[name]]
-        table.append([row.label, name, *values])
-    write_csv(f"{args.output_dir}/summary.csv", table)
-    draw_tradeoff(f"{args.output_dir}/tradeoff.png", table2, rows)
+                        table2.setdefault(figure, (figure, "↑", 0, "-"))
+    for number, columns in ((2, table2), (3, TABLE3)):
+        table = make_table(columns, rows, not_run)
+        write_file(f"{output_dir}/table{number}.md", table)
+        print(f"\n### Table {number}\n\n{table}")
+    if summaries:
+        write_csv(f"{output_dir}/summary.csv", summaries)
+    draw_tradeoff(f"{output_dir}/tradeoff.png", table2, rows)
 
 
 def summarise(lines, figure):
+    """{mean, sd, se, prompts, left_out} over the prompts.
+
+    Values that are not finite (FSIM of a black image, PSNR of identical ones) are left out.
+    """
     by_prompt, left_out = defaultdict(list), 0
     for line in lines:
         value = float(line[figure])
@@ -479,37 +430,40 @@ def summarise(lines, figure):
         else:
             left_out += 1
     means = [np.mean(values) for values in by_prompt.values()]
+    count = len(means)
     mean = np.mean(means) if means else math.nan
-    sd = np.std(means, ddof=1) if len(means) > 1 else math.nan
-    return Summary(mean, sd, sd / math.sqrt(len(means) or 1), len(means), left_out)
+    sd = np.std(means, ddof=1) if count > 1 else math.nan
+    return dict(mean=mean, sd=sd, se=sd / math.sqrt(count or 1), prompts=count, left_out=left_out)
 
 
 def make_table(columns, rows, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
-    grid = [["model", *[row.title for row in rows], "SD v1.5 in the paper"]]  # column by column
+    grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
     notes = [f"{row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
-    for name, (title, arrow, digits, _, paper) in columns.items():
-        found = [row.summaries[name] for row in rows if name in row.summaries]
-        means = {round(summary.mean, digits) for summary in found if summary.prompts}
+    for name, (title, arrow, size, paper) in columns.items():
+        found = [row.scores[name] for row in rows if name in row.scores]
+        means = [summary["mean"] for summary in found if summary["prompts"]]
         best = {"↑": max, "↓": min}[arrow](means, default=None)
         cells = [f"{title} {arrow}"]
         for row in rows:
-            if name not in row.summaries:
+            if name not in row.scores:
                 cells.append("not run")
                 continue
-            mean, sd, se, _, left_out = row.summaries[name]
-            cell = f"{mean:.{digits}f} ± {sd:.{digits}f}"
-            if len(means) > 1 and round(mean, digits) == best:
+            mean, sd, se, _, left_out = row.scores[name].values()
+            cell = f"{mean:#.4g} ± {sd:#.2g}"
+            if len(means) > 1 and mean == best:
                 cell = f"**{cell}**"
-            cells.append(f"{cell} ({se:.{digits}f})")
+            cells.append(f"{cell} ({se:#.2g})")
             if left_out:
                 notes.append(f"{name} of {row.label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):
-            notes.append(f"{name}: {not_run[name]}")
+            flag = "--metrics" if name in TABLE3 else "--judges"
+            default = f"not asked for: {flag} {name}, {size} GB of weights"
+            notes.append(f"{name}: {not_run.get(name, default)}")
         grid.append([*cells, paper])
     lines = [f"| {' | '.join(line)} |" for line in zip(*grid)]
     lines.insert(1, "|---" * len(grid) + "|")
-    if all(row.model not in (SD15, None) for row in rows):
+    if all(row.model not in (weights.SD15, None) for row in rows):
         lines.pop()  # the paper's row tells nothing about other models
     return "\n".join([*lines, "", *[f"- {note}" for note in notes], ""])
 
@@ -518,17 +472,18 @@ def draw_tradeoff(path, columns, rows):
     """Alignment against diversity: a panel a judge, a point a row, bars of one standard error."""
     from matplotlib.figure import Figure
 
-    complete = set.intersection(*[set(row.summaries) for row in rows])
-    across = [name for name in ("lpips", "rmse", "entropy_1d") if name in complete]
+    complete = set.intersection(*[set(row.scores) for row in rows])
     judges = [name for name in columns if name in complete]
-    if not across or not judges:
+    across = "lpips" if "lpips" in complete else "rmse"
+    if across not in complete or not judges:
         return
     figure = Figure(figsize=(4.6 * len(judges), 3.8), layout="constrained")
     for judge, axes in zip(judges, figure.subplots(1, len(judges), squeeze=False)[0]):
-        axes.set(xlabel=f"{TABLE3[across[0]][0]} (diversity)", ylabel=columns[judge][0])
+        axes.set(xlabel=f"{TABLE3[across][0]} (diversity)", ylabel=columns[judge][0])
         for row in rows:
-            x, y = row.summaries[across[0]], row.summaries[judge]
-            axes.errorbar(x.mean, y.mean, y.se, x.se, fmt="o", capsize=3, label=row.title)
+            x, y = row.scores[across], row.scores[judge]
+            point = x["mean"], y["mean"], y["se"], x["se"]
+            axes.errorbar(*point, fmt="o", capsize=3, label=row.label)
     figure.axes[0].legend()
     save_figure(figure, path)
 
