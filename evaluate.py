@@ -193,13 +193,17 @@ def choose_metrics(args, rows):
 
 
 def choose_prompts(args, rows):
+    """Those of --prompts, or of the rows, which must agree on them."""
     path = args.prompts
     if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
         path = weights.find_hpdv2_prompts(args.weights)
-    lists = {tuple(read_prompts(path) if path else own_prompts(row)) for row in rows} - {()}
-    if len(lists) > 1 or (rows[0].model and not lists):
-        raise UserError("which prompts? Those of runs, models or folders differ: say --prompts")
-    prompts = list(lists.pop()) if lists else []
+    own = [own_prompts(row) for row in rows]
+    prompts = read_prompts(path) if path else max(own, key=len)
+    for row, theirs in zip(rows, own):
+        if theirs not in ([], prompts) and not (path and row.model):
+            raise UserError(f"{row.label} has other prompts than those in use: say --prompts FILE")
+    if rows[0].model and not prompts:
+        raise UserError("which prompts? Say --prompts FILE, or hpdv2")
     return prompts[: args.num_prompts or None]
 
 
@@ -225,29 +229,29 @@ def choose_sampler(args, rows):
 
 
 def find_images(row, prompts, args):
-    """Sets row.files to the first K images of every prompt."""
-    path = weights.find_prompts(row.images)
-    theirs = read_prompts(path) if path else []
-    if theirs[: len(prompts)] != prompts[: len(theirs)]:
-        raise UserError(f"{path} does not match the prompts in use: say other --prompts")
+    """Sets row.files to the first K images of every prompt, having read them all."""
     found, bad = list_images(row.images)
-    row.bad_files = len(bad)
-    if not found or (bad and not args.skip_bad):
-        what = f"{len(found)} prompts and {len(bad)} other or damaged files, such as {bad[:1]}"
-        why = f"{row.images} has no LoRA, and as a folder of images P_K.png, P/K.png or P.png"
-        raise UserError(f"{why} it holds {what}: mend them, or --skip_bad")
-    count = len(prompts) or max(found) + 1
+    count = len(prompts) or max(found, default=0) + 1
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
     # where nobody says how many, the first folder does
-    args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
+    args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
     row.files = {}
     for p in range(count):
         images = sorted(found.get(p, {}).items())[: args.images_per_prompt]
-        row.files |= {(p, k): path for k, path in images}
-        if len(images) < args.images_per_prompt and not args.skip_bad:
-            why = f"prompt {p} has {len(images)} images, not {args.images_per_prompt}"
-            raise UserError(f"{row.images}: {why}: add some, or say --images_per_prompt")
+        if len(images) < args.images_per_prompt:
+            why = f"{row.images} has {len(images)} images P_K.png, P/K.png or P.png of prompt {p}"
+            raise UserError(f"{why}, not {args.images_per_prompt}: --images_per_prompt")
+        for k, path in images:
+            try:
+                read_image(path)
+                row.files[p, k] = path
+            except UserError:
+                bad.append(path)
+    row.bad_files = len(bad)
+    if bad and not args.skip_bad:
+        why = f"{row.images}: {len(bad)} files are not whole images P_K.png, such as {bad[0]}"
+        raise UserError(f"{why}: mend them, or --skip_bad")
 
 
 def paint(row, prompts, sampler, args):
@@ -276,20 +280,17 @@ def paint(row, prompts, sampler, args):
 
 
 def check_settings(row, prompts, sampler):
-    """What images depend on besides their seeds is written down before the first is painted.
-
-    Raises UserError if those that are there were painted with other settings.
-    """
+    """Raises UserError if the images that are there were painted with other settings."""
     unet = sorted(Path(row.model).glob("unet/*.safetensors"))  # none: a hub id
     policy = [policy_file(row.source)] if row.source != row.model else []
     settings = {"weights": digest(unet + policy, row.model), **sampler, "prompts": prompts}
     path = Path(row.folder, "settings.json")
-    if not path.exists():
+    if not path.exists():  # before the first image, so that there is none without it
         write_file(path, json.dumps(settings))
     painted = json.loads(path.read_text())
-    other = [f"{name} {painted[name]}" for name in settings if painted[name] != settings[name]]
+    other = [name for name in settings if painted[name] != settings[name]]
     if other:
-        why = f"{row.images} was painted with other settings ({'; '.join(other)})"
+        why = f"{row.images} was painted with other {', '.join(other)}"
         raise UserError(f"{why}: give another --output_dir, or delete {row.folder}")
 
 
@@ -317,16 +318,14 @@ def score(rows, name, prompts, args):
         lines = []
         bar = progress_bar(iterable=row.files, unit="image", desc=f"{name} of {row.label}")
         for p, keys in itertools.groupby(bar, itemgetter(0)):
-            images = {
-                k: torch.from_numpy(read_image(row.files[p, k])).to(args.device) for _, k in keys
-            }
-            sizes = {image.shape[:2] for image in images.values()}
+            arrays = {k: read_image(row.files[p, k]) for _, k in keys}  # (H, W, 3)
+            sizes = {array.shape[:2] for array in arrays.values()}
             if len(sizes) > 1 or min(min(sizes)) < least:
                 why = f"{name} needs images of one size, at least {least} pixels each way"
                 raise UserError(f"{why}: see prompt {p} of {row.label}")
-            lines += [
-                {"prompt_index": p} | line for line in measure(name, metric, p, images, prompts)
-            ]
+            images = {k: torch.from_numpy(x).to(args.device) for k, x in arrays.items()}
+            for line in measure(name, metric, p, images, prompts):
+                lines.append({"prompt_index": p, **line})
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
         write_csv(f"{row.folder}/scores/{name}.csv", lines, f"{row.stamp}{place}\n")
@@ -350,25 +349,13 @@ def write_csv(path, lines, first_line=""):
 
 
 def load_metric(name, prompts, args):
-    """(judge, text) of Table 2's; of Table 3's (prepare, compare): what is computed once an image,
-    and once a pair of prepared images."""
-    if name not in TABLE3:
-        if not prompts and getattr(JUDGES[name], "reads_prompt", True):
-            raise UserError(
-                f"{name} needs the prompts: --prompts FILE, or a prompts.txt beside them"
-            )
-        judge = load_judge(name, args.device, args.weights)
-        return judge, judge.encode(prompts or [""])
-    if name == "lpips":
-        net = diversity.LPIPS(args.device, args.weights)
-        return net.features, net.distance
-    if name == "clip_i":
-        judge = load_judge("clipscore", args.device, args.weights)
-        return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
-    if name == "fsim":
-        return diversity.fsim_maps, diversity.fsim_of_maps
-    function = getattr(diversity, name)
-    return (function, None) if name.startswith("entropy") else (torch.clone, function)
+    """(judge, text) of a metric of Table 2, (prepare, compare) of one of Table 3."""
+    if name in TABLE3:
+        return diversity.load_metric(name, args.device, args.weights)
+    if not prompts and getattr(JUDGES[name], "reads_prompt", True):
+        raise UserError(f"{name} needs the prompts: --prompts FILE, or prompts.txt beside images")
+    judge = load_judge(name, args.device, args.weights)
+    return judge, judge.encode(prompts or [""])
 
 
 def measure(name, metric, p, images, prompts):
@@ -379,8 +366,8 @@ def measure(name, metric, p, images, prompts):
         scores = {name: judge(pixels, text[[p if prompts else 0] * len(images)])}
         if prompts and hasattr(judge, "report"):
             scores |= judge.report(pixels, [prompts[p]] * len(images))
-        values = torch.stack(list(scores.values()), 1).tolist()
-        return [{"image": k} | dict(zip(scores, line)) for k, line in zip(images, values)]
+        values = [score.tolist() for score in scores.values()]
+        return [{"image": k} | dict(zip(scores, line)) for k, *line in zip(images, *values)]
     prepare, compare = metric
     ready = {k: prepare(image) for k, image in images.items()}
     if compare is None:

@@ -56,11 +56,12 @@ def generate(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-    pipe.scheduler.set_timesteps(num_steps)
+    pipe.scheduler.set_timesteps(num_steps)  # 951, 901, .., 1 of 20 steps
     device, null = pipe.unet.device, encode_prompts(pipe, [""])
     images = []
     for start in range(0, len(prompts), batch_size):
         text = encode_prompts(pipe, prompts[start : start + batch_size])  # (B, 77, C)
+        # a generator per image, so that a seed's picture does not depend on its neighbours
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch_size]]
 
         def noise(generators=generators):
@@ -70,7 +71,7 @@ def generate(
         x = noise()  # (B, 4, h, w)
         for t in pipe.scheduler.timesteps.tolist():
             times = torch.full((len(x),), t, device=device)
-            eps = predict_noise(pipe.unet, x, times, text, null, guidance)
+            eps = predict_noise(pipe.unet, x, times, text, null, guidance)  # (B, 4, h, w)
             alphas_cumprod = pipe.scheduler.alphas_cumprod
             mean, std, _ = ddim_mean_std(eps, x, times, alphas_cumprod, num_steps, eta)
             x = mean + std * noise() if eta > 0 else mean
@@ -87,7 +88,7 @@ def seed_of(p, k):
 
 def paint(pipe, prompts, count, num_steps=20, guidance=5.0, progress=None):
     """(P, count, 3, H, W) in [0, 1]: `count` images of every prompt, with the seeds of seed_of."""
-    each = [prompt for prompt in prompts for _ in range(count)]
+    each = [prompt for prompt in prompts for _ in range(count)]  # P * count, prompt by prompt
     seeds = [seed_of(p, k) for p in range(len(prompts)) for k in range(count)]
     images = generate(pipe, each, seeds, num_steps, guidance, progress=progress)
     return images.view(len(prompts), count, *images.shape[1:])
@@ -153,7 +154,7 @@ def join_pairs(parts):
     offset = 0
     for part in parts:
         part.prompt = part.prompt + offset
-        offset += len(part.text)
+        offset += len(part.text)  # part.prompt counts the rows of the union's text
     rows = ("x_t", "x_w", "x_l", "t", "prompt", "text")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
     joined["scores"] = torch.cat([part.scores for part in parts], 1)
@@ -234,12 +235,14 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
         mean, std, x0 = ddim_mean_std(eps, x, times, alphas_cumprod, num_steps, eta)
         if x_t is not None:
             yield t_parent, x_t, x, t, x0
+            # x, its mean and its std are of the child that goes on; the others end here
             child = torch.randint(K, (P,), generator=generator).to(device)
             chosen = K * torch.arange(P, device=device) + child
             x, mean, std = x[chosen], mean[chosen], std[chosen]
         if i < first_step:
             x = mean + std * noise(P)
         else:
+            # the children of one x_t differ by their noise alone
             x_t, t_parent = x, t
             x = mean.repeat_interleave(K, 0) + std.repeat_interleave(K, 0) * noise(P * K)
         if progress:
@@ -257,6 +260,7 @@ def clear_pairs(parent, children, t, scores, threshold):
     (best, w), (worst, l) = scores.max(1), scores.min(1)
     difference = torch.tanh((best - worst) / 2)  # of the two softmax probabilities
     clear = scores.isfinite().all(1) & (difference > threshold)
+    # children lie flat: those of prompt p begin at row p K
     first_child = prompt * scores.shape[1]
     x_w, x_l = children[first_child + w], children[first_child + l]
     times = torch.full_like(prompt, t)
@@ -294,6 +298,7 @@ def main():
     device = pick_device(args.device)
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
+    # painting needs no more than half precision, which CPUs are slow in
     half = device.startswith("cuda")
     pipe = load_pipeline(where, device, torch.float16 if half else torch.float32)
     policy = load_policy(pipe.unet, args.lora) if args.lora else None

@@ -77,11 +77,7 @@ FLAGS = {
     "threshold": (0.3, "[0, 1)", "a pair counts if softmax([best, worst]) differs by more"),
     "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
     "eta": (1.0, "(0, inf)", "DDIM noise; children differ by it alone"),
-    "guidance_scale": (
-        5.0,
-        "(-inf, inf)",
-        "in sampling and training (--pairs: pictures); <= 1: none",
-    ),
+    "guidance_scale": (5.0, "(-inf, inf)", "in sampling and in training; <= 1: none"),
     # training
     "train_batch_size": (10, "[1, inf)", "pairs a backward pass, on every rank"),
     "gradient_accumulation_steps": (4, "[1, inf)", "backward passes an optimiser step"),
@@ -106,8 +102,9 @@ FLAGS = {
 # with --pairs: Diffusion-DPO's beta (its code says 5000, where S = 1000 is drawn in), and no clamp
 PAIRS_DEFAULTS = dict(beta=5.0, clip="none", judge="none")
 FULL_DEFAULTS = dict(learning_rate=2e-5, checkpointing_chunks=25)  # a state of SD1.5 is 14 GB
+# what a run with --pairs or --full changes; a model's train.json may have such sections too
 SECTIONS = {"pairs": PAIRS_DEFAULTS, "full": FULL_DEFAULTS}
-NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
+# all else is the run's own: another value would make it another run
 FREE_ON_RESUME = ("weights", "num_epochs", "max_train_steps", "checkpointing_chunks")
 FREE_ON_RESUME += ("device", "cache_dir", "pairs", "output_dir", "resume")
 
@@ -121,6 +118,7 @@ def train(args, policy, source, div, beta, run, world, show):
     scaler.scale(torch.zeros((), device=device))  # a rank without a pair must know its scale too
     run.begin(policy, opt, scaler)
     world.share(policy.parameters)
+    # on all ranks: 40, as on SPO's four GPUs
     pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * world.size
     end, last_step = len(source) * args.num_epochs, args.max_train_steps or math.inf
     unit = "pairs" if args.pairs else "prompts"
@@ -144,7 +142,7 @@ def train(args, policy, source, div, beta, run, world, show):
                     scaler.scale(loss * len(batch) / pairs_a_step).backward()
                     stats.append(batch_stats | {"t": pairs.t[batch]})
                 world.sum_gradients(policy.parameters)
-                scaler.unscale_(opt)
+                scaler.unscale_(opt)  # so that the norm is of the gradient itself
                 limit = args.max_grad_norm or math.inf
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, limit).item()
                 stats = world.gather_rows(stats)  # of all pairs, on all ranks
@@ -164,9 +162,10 @@ def train(args, policy, source, div, beta, run, world, show):
                     show(run.seen // len(source) + 1)
                     return
 
+            # The position: all that a chunk depends on beside the seed and the weights.
             run.chunk, run.seen = run.chunk + 1, run.seen + pairs.size
             bar.update(run.seen - bar.n)
-            if run.seen % len(source) == 0:
+            if run.seen % len(source) == 0:  # before the state, so that no picture is missing
                 show(run.seen // len(source))
             if run.chunk % args.checkpointing_chunks == 0 or run.seen >= end:
                 run.save(policy, opt, scaler)
@@ -197,10 +196,12 @@ class Rollouts:
     def collect(self, run, pairs_a_step, bar):
         """The next rollout: a function of (seed, run.chunk, weights, number of ranks) alone."""
         args, world, start = self.args, self.world, time.time()
+        # An epoch is a permutation of the prompts; no rollout crosses its end.
         epoch, first = divmod(run.seen, len(self.prompts))
         shuffled = np.random.default_rng((args.seed, epoch)).permutation(len(self.prompts))
         batch = shuffled[first : first + args.sample_batch_size * world.size]
         mine = [self.prompts[i] for i in np.array_split(batch, world.size)[world.rank]]
+        # Every rank draws noise of its own, and every rollout other noise.
         seed = np.random.SeedSequence((args.seed, run.chunk, world.rank)).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
         pairs = None  # of a rank that has no prompt left, at an epoch's end
@@ -218,6 +219,7 @@ class Rollouts:
                 progress=lambda: bar.update(tick),
                 preview=self.preview,
             ).to("cpu")
+        # All ranks hold all pairs, so that they train on equal shares of them.
         everyone = [p for p in world.gather(pairs) if p is not None]
         pairs = join_pairs(everyone).to(self.pipe.unet.device)
         order = torch.randperm(len(pairs.t), generator=generator)
@@ -239,7 +241,7 @@ def make_show(args, pipe, policy, prompts, world):
         nonlocal reference
         if world.rank > 0:
             return
-        if reference is None:
+        if reference is None:  # it never changes
             with policy.reference():
                 reference = paint_with_bar(args, pipe, prompts, 6, "pictures, reference")
         images = paint_with_bar(args, pipe, prompts, 6, "pictures")
@@ -280,6 +282,7 @@ def set_up(args, device, world):
         path = find_training_prompts(args.model, args.prompts, args.weights)
         prompts, held_out = hold_out(read_prompts(path), args.num_eval_prompts)
         print(f"{len(prompts)} prompts to train on, {len(held_out)} held out")
+    # --full keeps the UNet's weights in fp32 and computes under autocast (model.predict_noise)
     precision = {"default": dtype, "unet": torch.float32} if args.full else dtype
     pipe = load_pipeline(args.model, device, precision)
     judge = None if args.judge == "none" else load_judge(args.judge, device, args.weights)
@@ -292,7 +295,7 @@ def set_up(args, device, world):
     if device.startswith("cuda"):
         for part in (pipe.unet, pipe.vae):  # the layout that half-precision convolutions like best
             part.to(memory_format=torch.channels_last)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of the LoRA's first values
     policy = Policy(pipe.unet, args.rank, args.full)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -314,9 +317,6 @@ def check(args):
         raise UserError(f"--first_step must be below --num_inference_steps ({limit})")
     if not args.pairs and args.judge == "none":
         raise UserError("--judge none goes with --pairs: without them a judge must choose")
-    idle = [name for name in NOT_WITH_PAIRS if getattr(args, name) != FLAGS[name][0]]
-    if args.pairs and idle:
-        raise UserError(f"--{idle[0]} is about sampling pairs, and --pairs has them: leave one out")
     try:
         div = get_divergence(args.div, args.alpha)
     except ValueError as error:
@@ -335,9 +335,10 @@ def main():
     print(f"model: {args.model} ({why}); judge: {args.judge}; {world.size} rank(s)")
     print(f"divergence: {div.name}, f''(1) = {div.curvature:g}, effective beta {beta:g}, ", end="")
     print(f"learning rate {args.learning_rate:g}; output: {args.output_dir}", flush=True)
-    with world.in_turn():
+    with world.in_turn():  # downloads are made once
         pipe, judge, policy, source, held_out = set_up(args, device, world)
     config = {"args": vars(args), "held_out": held_out, "command": " ".join(sys.argv)}
+    # --resume refuses prompts or pairs that were edited meanwhile
     config["digest"] = hashlib.sha256((source.digest + "\n".join(held_out)).encode()).hexdigest()
     run = run_folder.Run(args.output_dir, config | run_folder.environment(device), world.rank)
     show = make_show(args, pipe, policy, held_out[:4], world)

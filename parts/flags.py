@@ -8,6 +8,8 @@ import os
 from parts.common import Parser, UserError
 from parts.weights import TOY, read_train_json, resolve_model
 
+NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
+
 
 def build_parser(flags, description):
     """flags: {name: (default, range or choices, what it is)}."""
@@ -55,6 +57,11 @@ def parse(argv, description, flags, sections, free_on_resume):
     elif os.path.exists(os.path.join(args.output_dir, "config.json")):
         fix = "--resume goes on with it, another --output_dir starts anew"
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
+    for name in NOT_WITH_PAIRS:
+        if args.pairs and getattr(args, name) != parser.get_default(name):
+            raise UserError(
+                f"--{name} is about sampling pairs, and --pairs has them: leave one out"
+            )
     for name, (_, allowed, _) in flags.items():
         check_range(name, getattr(args, name), allowed)
     return args, why

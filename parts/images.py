@@ -11,11 +11,11 @@ from parts.common import UserError
 
 # P_K.png, P/K.png or P.png: image K of prompt P
 IMAGE_NAME = re.compile(r"(\d+)(?:[_/](\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
-NOTES = (".txt", ".md", ".csv", ".json", ".jsonl")  # what may lie beside images
+NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)", re.IGNORECASE)  # may lie beside images
 
 
 def list_images(folder):
-    """({p: {k: path}}, other files): images by prompt and number. Raises UserError for a twin."""
+    """({p: {k: path}}, other files), images by prompt and number. Raises UserError for twins."""
     found, others = {}, []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name.isdigit()]
@@ -27,7 +27,7 @@ def list_images(folder):
                 twin = found.setdefault(p, {}).setdefault(k, path)
                 if twin != path:
                     raise UserError(f"{twin} and {path} are both image {k} of prompt {p}")
-            elif not name.startswith(".") and not name.lower().endswith(NOTES):
+            elif not NOTES.fullmatch(name):
                 others.append(path)
     return found, others
 
@@ -37,22 +37,21 @@ def to_pixels(images):
     return torch.stack(list(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def read_image(path):
-    """uint8 (H, W, 3) of a path or an open file. Raises UserError for what is no whole image.
+def read_image(file):
+    """A path or an open file -> uint8 (H, W, 3): upright, gray three times, alpha dropped.
 
-    As cv2.imread and PIL's convert("RGB") agree: upright, gray three times, alpha dropped, palettes
-    looked up, of 16 bits the upper 8. (PIL alone would clip 16-bit gray to white.)
+    So cv2.imread and PIL's convert("RGB") agree; of 16-bit gray the upper 8 bits, as cv2 (PIL alone
+    would clip it to white). Raises UserError for what is no whole image.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 gray = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
                 return np.repeat(gray[..., None], 3, 2)
             if image.mode == "P":
-                image.info.pop("transparency", None)  # not used, and Pillow would warn about it
+                image.info.pop("transparency", None)  # unused, and Pillow would warn about it
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        cause = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is not a whole image ({cause})") from error
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{file} is not a whole image ({why})") from error

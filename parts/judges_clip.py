@@ -51,7 +51,10 @@ VIT_H = dict(
 
 
 class CLIP:
-    """scale * cosine of CLIP's embeddings of an image and a prompt. The subclasses fill this in."""
+    """scale * cosine of CLIP's embeddings of an image and a prompt. The subclasses fill this in.
+
+    The weights are frozen (parts/weights.build), so that no graph is kept without torch.no_grad.
+    """
 
     repo = None
     file = None  # None: the repo is a model's folder in transformers' format, with a config.json
@@ -95,7 +98,6 @@ class CLIP:
         ids = torch.tensor(tokens.input_ids)  # (P, 77)
         return torch.cat([self.encode_ids(some) for some in ids.split(64)])
 
-    @torch.no_grad()
     def encode_ids(self, ids):
         embedding = self.clip.get_text_features(ids.to(self.clip.device)).pooler_output
         return F.normalize(at_least_fp32(embedding), dim=-1)
@@ -108,7 +110,6 @@ class CLIP:
         pixels = preprocess(images.to(self.clip.device), self.size, self.resize, self.crop)
         return F.normalize(self.features(pixels), dim=-1)
 
-    @torch.no_grad()
     def features(self, pixels):
         """(N, 3, S, S), preprocessed -> (N, D), not normalised."""
         return at_least_fp32(self.clip.get_image_features(pixels.to(self.clip.dtype)).pooler_output)
@@ -175,7 +176,6 @@ class Aesthetic(CLIP):
     def encode(self, prompts):
         return torch.zeros(len(prompts), 0, device=self.clip.device)
 
-    @torch.no_grad()
     def score(self, image, text):
         return self.head(image)[:, 0]
 
@@ -215,23 +215,20 @@ class StepAware(CLIP):
         resized = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic")
         return crop_and_normalise(resized.clamp(0, 1), self.size)
 
-    @torch.no_grad()
     def features(self, pixels, t):
         """(N, 3, S, S), (N,) -> (N, D), not normalised."""
-        clip, tower = self.clip, self.clip.vision_model
+        clip, vision = self.clip, self.clip.vision_model
         time = clip.t_embedder.mlp(sinusoids(t).to(clip.dtype))  # (N, H)
-        x = tower.pre_layrnorm(tower.embeddings(pixels.to(clip.dtype)))  # (N, 1 + patches, H)
-        for layer in tower.encoder.layers:
-            shifts_scales_gates = layer.adaLN_modulation(time)[:, None].chunk(
-                6, dim=-1
-            )  # (N, 1, H)
-            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = shifts_scales_gates
+        x = vision.pre_layrnorm(vision.embeddings(pixels.to(clip.dtype)))  # (N, 1 + patches, H)
+        for layer in vision.encoder.layers:
+            six = layer.adaLN_modulation(time)[:, None].chunk(6, dim=-1)  # each (N, 1, H)
+            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six
             y = layer.layer_norm1(x) * (1 + scale) + shift
             x = x + gate * layer.self_attn(y, attention_mask=None)[0]
             y = layer.layer_norm2(x) * (1 + mlp_scale) + mlp_shift
             x = x + mlp_gate * layer.mlp(y)
-        shift, scale = tower.adaLN_modulation(time).chunk(2, dim=-1)  # (N, H)
-        class_token = tower.post_layernorm(x[:, 0]) * (1 + scale) + shift
+        shift, scale = vision.adaLN_modulation(time).chunk(2, dim=-1)  # (N, H)
+        class_token = vision.post_layernorm(x[:, 0]) * (1 + scale) + shift
         return at_least_fp32(clip.visual_projection(class_token))
 
 
@@ -291,8 +288,8 @@ def preprocess(images, size, resize="pillow", crop="round"):
     if resize == "tensor":
         x = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic", antialias=True)
     else:
-        bicubic = Image.Resampling.BICUBIC
-        small = [to_pil(image).resize(shape[::-1], bicubic) for image in images.cpu()]
+        size_of_pil, bicubic = (shape[1], shape[0]), Image.Resampling.BICUBIC
+        small = [to_pil(image).resize(size_of_pil, bicubic) for image in images.cpu()]
         levels = torch.from_numpy(np.stack(small)).to(images.device)  # (N, height, width, 3)
         x = levels.permute(0, 3, 1, 2) / 255
     return crop_and_normalise(x, size, crop)

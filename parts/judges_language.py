@@ -75,7 +75,6 @@ class ImageReward:
         pixels = preprocess(images.to(self.device), self.vision.config.image_size)
         return self.reward(pixels, text.to(self.device))
 
-    @torch.no_grad()
     def reward(self, pixels, text):
         """(N, 3, S, S) preprocessed, (N, 2, L) -> (N,)."""
         seen = self.vision(pixels.to(self.dtype)).last_hidden_state  # (N, 1 + patches, 1024)
@@ -181,7 +180,6 @@ class VQAScore:
         before = torch.tensor(self.tokenizer(self.BEFORE).input_ids)
         return self.probability(pixels, before, text)
 
-    @torch.no_grad()
     def probability(self, pixels, before, after):
         """(N, 3, S, S) preprocessed; ids (A,) and (N, L) of the text before and after -> (N,)."""
         count = len(pixels)

@@ -104,10 +104,12 @@ class Policy:
     def __init__(self, unet, rank=4, full=False):
         self.unet, self.full, self.layers = unet, full, {}
         if full:
+            # fp32: a bf16 weight cannot take a small step
             unet.float().requires_grad_(True)
             self.parameters = list(unet.parameters())
             self.frozen = [p.detach().clone() for p in self.parameters]
             return
+        # a list, since the tree changes on the way
         for name, module in list(unet.named_modules()):
             if isinstance(module, nn.Linear) and name.endswith(TARGETS):
                 parent, child = name.rsplit(".", 1)
@@ -175,6 +177,7 @@ def policy_file(path):
     names = [LORA_FILE]
     if not os.path.exists(os.path.join(path, "model_index.json")):  # that would be a whole model
         names += [os.path.join("unet", UNET_FILE), UNET_FILE]
+    # the path itself first: it may be a file of any name
     for candidate in [path, *(os.path.join(path, name) for name in names)]:
         if os.path.isfile(candidate):
             return candidate
@@ -198,6 +201,7 @@ def load_policy(unet, path):
         raise UserError(f"{file} holds no LoRA in diffusers' names (unet. ... .lora_A.weight)")
     policy = Policy(unet, full=True) if full else Policy(unet, ranks[0])
     policy.load_state(state, file)
+    # for painting alone: nothing trains
     unet.requires_grad_(False)
     return policy
 
@@ -234,11 +238,12 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     if unet.conv_in.weight.dtype != compute_dtype:
         autocast = torch.autocast(x_t.device.type, compute_dtype)
     with autocast:
-        x = x_t.to(compute_dtype)
+        x = x_t.to(compute_dtype)  # latents stay fp32 outside: in half they lose 1 % of a small std
         if guidance <= 1:
             return unet(x, t, text, return_dict=False)[0].to(x_t.dtype)
         both = torch.cat([null.expand_as(text), text])  # (2N, L, C)
         eps = unet(torch.cat([x, x]), torch.cat([t, t]), both, return_dict=False)[0]
+    # back in x_t's dtype before the difference is scaled by the guidance
     eps_null, eps_text = eps.to(x_t.dtype).chunk(2)
     return eps_null + guidance * (eps_text - eps_null)
 

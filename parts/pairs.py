@@ -1,7 +1,7 @@
 """Preference pairs of your own: the data set (c, x_0^w, x_0^l) of eq. 5, in the judge's place.
 
 pairs = open_pairs("out/toy-pairs", pipe, "out/latents")        # reads, and encodes what is new
-chunk = pairs.collect(seen, None, 40)                           # 20 optimiser steps of 40 pairs
+chunk = pairs.collect(run, 40)                                  # 20 optimiser steps of 40 pairs
 u_w, u_l = chunk.log_ratios(policy, chunk.order[:10])
 
 u is a finished image's log-ratio at one timestep (loss.noise_log_ratio, Diffusion-DPO's); the mean
@@ -14,7 +14,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import pathlib
 import uuid
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from loss import noise_log_ratio
-from parts.common import UserError, hold_out, progress_bar, read_prompts
+from parts.common import UserError, hold_out, make_folder, progress_bar, read_prompts
 from parts.images import read_image
 from parts.model import encode_prompts, latent_shape, predict_noise
 from parts.weights import first_line
@@ -35,7 +34,7 @@ STEPS_A_CHUNK = 20  # optimiser steps; a run is saved after every chunk
 
 class Pair(NamedTuple):
     caption: str
-    winner: str  # file of its latent
+    winner: str  # the key of its latent
     loser: str
     weight: float  # in the loss: |2 label - 1|
 
@@ -62,10 +61,12 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
             else:
                 winner, loser = latents if label > 0.5 else reversed(latents)
                 pairs.append(Pair(caption, winner, loser, abs(2 * label - 1)))
-    if bad_images and not skip_bad:
-        what = f"{len(bad_images)} images are missing, damaged or too large"
+    if bad_images:
         names = ", ".join(sorted(bad_images)[:5])
-        raise UserError(f"{path}: {what} ({names}): mend them, or --skip_bad leaves them out")
+        what = f"images missing, damaged or too large: {len(bad_images)} ({names})"
+        if not skip_bad:
+            raise UserError(f"{path}: {what}: mend them, or --skip_bad leaves their pairs out")
+        print(what)
     for what, count in left_out.items():
         print(f"left out: {count} {what}")
     if not pairs:
@@ -100,10 +101,7 @@ class PairSet:
         return PairSet(kept, self.pipe, self.folder, self.seed)
 
     def collect(self, run, pairs_a_step, bar=None):
-        """ImagePairs of the next steps, `seen` pairs after the run's start, cut at an epoch's end.
-
-        The chunk's number and progress are of use to a source that samples.
-        """
+        """ImagePairs of the next 20 steps from position run.seen on, cut at the epoch's end."""
         epoch, start = divmod(run.seen, len(self))
         index = self.order(epoch)[start : start + STEPS_A_CHUNK * pairs_a_step].tolist()
         t, eps = zip(*[self.draw(epoch, i) for i in index])
@@ -126,8 +124,7 @@ class PairSet:
 class ImagePairs:
     """n pairs of finished images; winner and loser share the timestep t and the noise eps.
 
-    t (n,) int64; eps (n, 4, h, w) on the CPU; weight (n,), of each pair in the loss; order (n,), in
-    which to train; size, n.
+    t: (n,) int64; eps: (n, 4, h, w), on the CPU; weight: (n,), in the loss; order: (n,); size: n.
     """
 
     def __init__(self, pairs, t, eps, pipe, folder):
@@ -141,12 +138,12 @@ class ImagePairs:
         One prediction of either policy on 2B rows, B winners and their B losers; no guidance.
         """
         pairs = [self.pairs[k] for k in index.tolist()]
-        files = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
+        keys = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
         scheduler = self.pipe.scheduler
         alphas_cumprod = scheduler.alphas_cumprod  # (T,), of the device and dtype to compute in
-        x_0 = read_latents(self.folder, files).to(alphas_cumprod)  # (2B, 4, h, w)
-        eps = self.eps[index].repeat(2, 1, 1, 1).to(alphas_cumprod)
-        t = self.t[index].repeat(2)
+        t, eps = self.t[index].repeat(2), self.eps[index].repeat(2, 1, 1, 1).to(alphas_cumprod)
+        latents = np.stack([np.fromfile(self.folder / key, np.float32) for key in keys])
+        x_0 = torch.from_numpy(latents).view_as(eps).to(eps)  # (2B, 4, h, w)
         x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(a_t) x_0 + sqrt(1 - a_t) eps
         text = encode_prompts(self.pipe, [pair.caption for pair in pairs]).repeat(2, 1, 1)
 
@@ -161,18 +158,12 @@ class ImagePairs:
 
 
 def records(path):
-    """Yields (caption, [winner, loser], label) of PATH's pairs; of an image (name, Path or bytes).
-
-    Raises UserError naming what is wrong, and where.
-    """
+    """Yields to_record of every pair of PATH. Raises UserError saying what is wrong, and where."""
     path = pathlib.Path(path)
     files = [*path.glob("pairs.csv"), *path.glob("pairs.jsonl")]
     if len(files) == 2:
         raise UserError(f"{path} has a pairs.csv and a pairs.jsonl: remove one")
     for file in files or sorted(path.glob("*.parquet")) or [path]:
-        if not file.is_file() or file.suffix not in (".csv", ".jsonl", ".parquet"):
-            what = f"a folder with a pairs.csv or pairs.jsonl ({COLUMNS}) or with .parquet files"
-            raise UserError(f"no pairs at {str(file)!r}: give {what}, or such a file")
         for number, row in enumerate(read_rows(file), 1):
             yield to_record(row, f"row {number} of {file}", file.parent)
 
@@ -188,8 +179,9 @@ def read_rows(path):
                 yield from csv.DictReader(file, restval="")
             else:
                 yield from (json.loads(line) for line in file if line.strip())
-    except Exception as error:  # of csv, JSON, UTF-8 and pyarrow: a dozen types
-        why = f"{path} cannot be read as {path.suffix[1:]} ({first_line(error)})"
+    except Exception as error:  # of the disk, UTF-8, csv, JSON and pyarrow: a dozen types
+        what = "a folder with pairs.csv, pairs.jsonl or .parquet files (pip install pyarrow)"
+        why = f"no pairs can be read from {path} ({first_line(error)}): give {what}, or such a file"
         raise UserError(why) from error
 
 
@@ -204,6 +196,7 @@ def parquet_rows(path):
 
 
 def to_record(row, where, folder):
+    """(caption, [winner, loser], label); an image as (its name, its Path or the file's bytes)."""
     try:
         cells = {column.strip().lower(): cell for column, cell in row.items()}
         caption = " ".join((cells.get("prompt") or cells["caption"]).split())
@@ -213,7 +206,7 @@ def to_record(row, where, folder):
             is_name = isinstance(cell, str)
             images.append((cell, folder / cell.strip()) if is_name else (where, cell))
         label = cells.get("label", "")
-        label = float({"": 1, None: 0.5}.get(label, label))
+        label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
         if not caption or not 0 <= label <= 1:
             raise ValueError("no caption, or a label outside [0, 1]")
         return caption, images, label
@@ -227,7 +220,7 @@ def to_record(row, where, folder):
 
 
 def latents_folder(cache_dir, pipe):
-    """cache_dir/<hash of the VAE and the latents' size>. Raises UserError if none can be made."""
+    """cache_dir/<hash of the VAE and the latents' size>. Raises UserError if it cannot be made."""
     settings = latent_shape(pipe), pipe.vae.config.scaling_factor, pipe.vae.dtype
     digest = hashlib.sha256(repr(settings).encode())
     for weight in pipe.vae.state_dict().values():
@@ -238,32 +231,31 @@ def latents_folder(cache_dir, pipe):
 
 
 def encode_once(name, source, pipe, folder, bad_images):
-    """The file in folder, named by its image's hash, of an image's latent; made if it is not there.
+    """The key of an image's latent: its file in folder, which is made if it is not there.
 
-    source: a Path, or a file's bytes. None, and its name in bad_images, if it is no whole image.
+    source: a Path, or a file's bytes. Of no whole image: None, and its name in bad_images.
     """
     channels, h, w = latent_shape(pipe)
     try:
         if isinstance(source, dict):  # so the hub's Image type writes it
-            source = source["bytes"]
+            source = source.get("bytes")
         data = source.read_bytes() if isinstance(source, pathlib.Path) else source
         key = hashlib.sha256(data).hexdigest()
-        file = folder / key[:2] / key
-        # after a power cut it may be shorter
-        if file.exists() and file.stat().st_size == 4 * channels * h * w:
-            return f"{key[:2]}/{key}"
+        path = folder / key
+        # after a power cut it may be short
+        if path.exists() and path.stat().st_size == 4 * channels * h * w:
+            return key
         image = to_model(data, h * pipe.vae_scale_factor, w * pipe.vae_scale_factor)
-    except (KeyError, OSError, TypeError, ValueError):  # no bytes, no file, no image
+    except (OSError, TypeError, ValueError):  # no bytes, no file, no image
         bad_images.add(name)
         return None
-    write_latent(file, encode(pipe, image))
+    encode(image, pipe.vae, path)
+    return key
 
 
 def to_model(data, height, width):
-    """An image file's bytes -> (3, height, width) in [-1, 1]: scaled to cover it, cut in the middle.
-
-    Bilinear with antialias, as Diffusion-DPO does. Raises UserError if it is no whole image.
-    """
+    """An image file's bytes -> (3, height, width) in [-1, 1], as Diffusion-DPO cuts them: scaled
+    to cover that size, bilinear with antialias, then the middle. Raises UserError for no image."""
     image = Image.fromarray(read_image(io.BytesIO(data)))
     image = ImageOps.cover(image, (width, height), Image.Resampling.BILINEAR)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -272,35 +264,32 @@ def to_model(data, height, width):
 
 
 @torch.no_grad()
-def write_latent(image, vae, path):
-    """(3, H, W) -> (4, h, w) fp32, scaled, in a file.
+def encode(image, vae, path):
+    """(3, H, W) -> (4, h, w) fp32, scaled, in a file: the mean of the VAE's posterior.
 
     One image at a time: in a batch its last bits would depend on its neighbours.
     """
     x = image[None].to(vae.device, vae.dtype)
-    z = vae.encode(x).latent_dist.mean[0].float() * vae.config.scaling_factor
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # several runs may write it
+    z = vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # other runs may be at it too
     temporary.write_bytes(z.cpu().numpy().tobytes())
     temporary.replace(path)
 
 
-def read_latents(folder, names):
-    """(N, 4, h, w) fp32, on the CPU."""
-    return torch.from_numpy(np.stack([np.load(folder / name) for name in names]))
+# --------------------------------------------------------------------------------------------------
+# Held-out captions
 
 
 def hold_out_captions(data, prompts_file, count):
     """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
 
-    prompts_file: --prompts names the held-out captions itself. Raises UserError if none is left.
+    prompts_file: --prompts, which names them itself. Raises UserError if no pair is left.
     """
+    captions, held_out = hold_out(data.captions, count)
     if prompts_file:
         held_out = read_prompts(prompts_file)[:count]
-    else:
-        captions, held_out = hold_out([pair.caption for pair in data.pairs], count)
-        if captions == held_out:  # one caption alone, on both sides
-            return data, held_out
+    elif captions == held_out:  # a single one, on both sides
+        return data, held_out
     rest = data.without(held_out)
     if len(rest) == 0:
         raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")

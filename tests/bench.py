@@ -26,12 +26,12 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import evaluate  # noqa: E402
-import judges  # noqa: E402
 import sample  # noqa: E402
 from toy import make
 from toy import world as toy  # noqa: E402
 import train  # noqa: E402
 from divergences import get_divergence  # noqa: E402
+from parts import judges_clip  # noqa: E402
 from parts.judges import load_judge  # noqa: E402
 from loss import alignment_loss, step_log_ratio  # noqa: E402
 from sample import add_lora, collect_pairs, ddim_mean_std, encode_prompts, load_pipeline, predict_noise, run_cli, UserError  # noqa: E402
@@ -97,14 +97,14 @@ def sd15(device, dtype):
 def random_judge(device, dtype, full):
     """The step-aware judge at its published size (or, for the CPU, tiny), random weights."""
     from transformers import CLIPConfig, CLIPModel
-    config = judges.vit_h()
+    config = CLIPConfig(**judges_clip.VIT_H)
     if not full:
         small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
         config = CLIPConfig(projection_dim=64, text_config=small, vision_config=small | dict(image_size=224, patch_size=32))
-    judge = object.__new__(judges.StepAware)
+    judge = object.__new__(judges_clip.StepAware)
     with torch.device(device):
-        judge.clip = judges.add_time(CLIPModel(config)).requires_grad_(False).eval().to(dtype)
-    judge.name, judge.times, judge.size, judge.tokenizer = "step_aware", None, config.vision_config.image_size, make.tokenizer()
+        judge.clip = judges_clip.add_time(CLIPModel(config)).requires_grad_(False).eval().to(dtype)
+    judge.name, judge.size, judge.tokenizer = "step_aware", config.vision_config.image_size, make.tokenizer()
     return judge
 
 
@@ -239,10 +239,10 @@ def held_gb(pairs, checkpointing):
 
 def memory():
     """A Markdown table: frozen weights, and what a training step adds, by settings. Counted, not measured."""
-    from transformers import CLIPModel
+    from transformers import CLIPConfig, CLIPModel
     pipe = sd15("meta", torch.bfloat16)
     with torch.device("meta"):
-        judge = judges.add_time(CLIPModel(judges.vit_h()))
+        judge = judges_clip.add_time(CLIPModel(CLIPConfig(**judges_clip.VIT_H)))
     size = lambda *parts: sum(p.numel() * 2 for m in parts for p in m.parameters()) / 1e9
     frozen = size(pipe.unet), size(pipe.vae, pipe.text_encoder), size(judge)
     print(f"frozen weights in half precision: UNet {frozen[0]:.2f} GB, VAE and text encoder {frozen[1]:.2f} GB, step-aware judge {frozen[2]:.2f} GB\n")
