@@ -42,8 +42,7 @@ MEASURES = (
     "at divergence gradient_0.9_to_1.1 eigenvalue_0.9_to_1.1 gradient_0.5_to_2 eigenvalue_0.5_to_2 "
     "gradient_0.1_to_10 eigenvalue_0.1_to_10"
 )
-PAGE = 7.2  # inches, the width of every picture, so that its letters stay 7 points high in print
-STYLE = {"font.size": 7, "axes.grid": True, "grid.alpha": 0.3}
+PAGE = 7.2  # inches, the width of every picture, so that its 7 point letters stay so in print
 
 
 def main():
@@ -54,7 +53,7 @@ def main():
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")  # no window, even where there is a screen
-    with plt.rc_context(STYLE):
+    with plt.rc_context({"font.size": 7}):
         draw_figure2(divs, args.beta, args.output_dir)
         draw_theorem4(divs, args.output_dir)
         if runs:
@@ -99,7 +98,7 @@ def draw_figure2(divs, beta, folder):
     x = 3 * steps**2  # close points where the surfaces are steep
     spots = 3 * steps[::4]  # of the arrows, evenly
     n_rows = math.ceil(len(divs) / 2)
-    figure = plt.figure(figsize=(PAGE, 1.75 * n_rows + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(PAGE, 1.75 * n_rows + 0.6), layout="constrained")
     surface_rows, gradient_rows = [], []
     for div in divs:
         loss = surface(x, x[:, None], div, beta)  # (31, 31): rows X_2, columns X_1
@@ -109,8 +108,8 @@ def draw_figure2(divs, beta, folder):
         arrows = arrow_lines(spots, spots[:, None], *gradient, beta)
         # From the wall of pairs in the wrong order, X_w < X_l, and from behind it.
         for title, azimuth in ((div.name, -55), (f"{div.name} from behind", 125)):
-            place = (n_rows, 4, len(figure.axes) + 1)
-            ax = figure.add_subplot(*place, projection="3d", computed_zorder=False)
+            place = len(figure.axes) + 1
+            ax = figure.add_subplot(n_rows, 4, place, projection="3d", computed_zorder=False)
             # What is higher than the plane of the arrows is cut off there.
             low = loss.clamp(max=top)
             ax.plot_surface(x, x[:, None], low, cmap="YlGnBu", vmax=top, ec="#0005", lw=0.15)
@@ -154,13 +153,13 @@ def draw_theorem4(divs, folder):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 3), sharey=True, layout="constrained")
-    one = torch.ones(1, dtype=torch.float64)
-    r, x1 = log_line(0.005, 0.995, 199), log_line(0.01, 100, 161)
+    r, x1 = log_line(0.005, 0.995, 201), log_line(0.01, 100, 201)
+    ones = torch.ones_like(r)
     rows = []
     for div in divs:
-        over_r = gradient_ratio(one, r, div)
+        over_r = gradient_ratio(ones, r, div)
         over_x1 = gradient_ratio(x1, x1 / 2, div)  # constant where f'' is a power of X
-        rows += rows_of(div.name, one, r, over_r) + rows_of(div.name, x1, one / 2, over_x1)
+        rows += rows_of(div.name, ones, r, over_r) + rows_of(div.name, x1, ones / 2, over_x1)
         left.plot(r, over_r, label=div.name)
         right.semilogx(x1, over_x1)
     left.set(xlabel="$r = X_2 / X_1$, at $X_1$ = 1", ylabel="$f''(X_1) / f''(X_2)$")
@@ -180,8 +179,8 @@ def check_theorem4():
         names = chain.split(" < ")
         steps = [ratio[upper] / ratio[lower] for lower, upper in zip(names, names[1:])]
         margins = torch.stack(steps) - 1
-        held = (margins > 0).sum().item()
-        count = f"{held:,} of {margins.numel():,} hold, the closest by {margins.min().item():.1g}"
+        held = (margins > 0).sum()
+        count = f"{held:,} of {margins.numel():,} hold, the closest by {margins.min():.1g}"
         lines.append(f"Theorem 4, {chain}: {count}")
     return "\n".join(lines)
 
@@ -211,11 +210,11 @@ def smoothness(divs, beta, folder):
 
 def measure_smoothness(div, beta):
     """For each of REGIONS the largest gradient norm and Hessian eigenvalue, all in one list."""
-    numbers = []
-    for region in REGIONS:
-        for function in (gradient_norm, largest_eigenvalue):
-            numbers.append(largest(function, region, div, beta))
-    return numbers
+    return [
+        largest(function, region, div, beta)
+        for region in REGIONS
+        for function in (gradient_norm, largest_eigenvalue)
+    ]
 
 
 def gradient_norm(x1, x2, div, beta):
@@ -306,7 +305,7 @@ def read_run(folder):
 
 
 def draw_runs(runs, folder):
-    """Each run's path on the contours of its surface, as far as the path went."""
+    """Each run's path on the contours of its surface."""
     import matplotlib.pyplot as plt
 
     n_rows = math.ceil(len(runs) / 2)
@@ -315,12 +314,14 @@ def draw_runs(runs, folder):
     for run, div, beta, path in runs:
         # A running mean of 9 steps, of fewer at the ends.
         smooth = avg_pool1d(path, 9, stride=1, padding=4, count_include_pad=False)
-        reach = (1.15 * (smooth - 1)).abs().max()
-        reach = reach.clamp(0.001, 4.0)  # without a clamp a run may leave any page
+        # As far as the path goes, within limits: without a clamp a run may leave any page.
+        reach = (1.15 * (smooth - 1)).abs().max().clamp(0.001, 4.0)
         x = log_line(max(1 - reach, 0.001), 1 + reach, 101)
         loss = surface(x, x[:, None], div, beta)  # rows X_l, columns X_w
         ax = figure.add_subplot(n_rows, 2, len(figure.axes) + 1, aspect="equal")
-        ax.clabel(ax.contour(x, x, loss))
+        # As many grid points between two lines everywhere: the loss may span decades.
+        levels = loss.flatten().sort().values[400::1000].clamp(1e-9).unique()
+        ax.clabel(ax.contour(x, x, loss, levels), fmt="%.4g")
         ax.plot(*smooth, color="crimson", marker="o", markevery=[-1])
         title = rf"{Path(run).name}: {div.name}, $\beta$ = {beta:g}; the dot is the end"
         ax.set(title=title, xlabel="$X_w$", ylabel="$X_l$")

@@ -193,6 +193,8 @@ def test_arrows_point_up_the_gradient():
     for barb in (left, right):  # back from the tip, on either side
         assert (barb - tip) @ (tip - tail) < 0
     torch.testing.assert_close((left + right) / 2, tip - 0.35 * (tip - tail))
+    assert (left - right) @ (tip - tail) == pytest.approx(0, abs=1e-12)
+    assert (left - right).norm() == pytest.approx(0.4 * length)
     assert torch.equal(tip, again) and gap.isnan().all()
 
 
