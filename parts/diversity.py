@@ -18,10 +18,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from parts.images import to_pixels
+from parts.judges import load_judge
 from parts.weights import build, find_url, read_state
 
 LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way that a metric needs
 EPS = 1e-4  # phasepack's
+
+
+def load_metric(name, device="cpu", weights=None):
+    """(prepare, compare) of a metric of Table 3: what is computed once an image, and once two
+    prepared images; compare None if the metric is of one image."""
+    if name == "lpips":
+        net = LPIPS(device, weights)
+        return net.features, net.distance
+    if name == "clip_i":
+        judge = load_judge("clipscore", device, weights)
+        return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
+    if name == "fsim":
+        return fsim_maps, fsim_of_maps
+    if name in ("entropy_1d", "entropy_2d"):
+        return globals()[name], None
+    return tensor, dict(rmse=rmse, psnr=psnr, ssim=ssim)[name]
+
 
 # --------------------------------------------------------------------------------------------------
 # Of two images: RMSE, PSNR, SSIM, FSIM

@@ -1,36 +1,40 @@
-"""Image files: found by their names, and read as every metric expects them."""
+"""Image files: found by their names, and read alike by whatever takes a folder of them."""
 
 import os
 import re
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from parts.common import UserError
 
-# P_K.png, P/K.png or P.png: image K (from 0) of prompt P (from 0)
+# P_K.png, P/K.png or P.png: image K of prompt P
 IMAGE_NAME = re.compile(r"(\d+)(?:[_/](\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
-# what may lie beside images: hidden files, and notes on them
-NO_IMAGE_NAME = re.compile(r"(\.|.*/\.)|.*\.(txt|md|csv|json|jsonl)$", re.IGNORECASE)
+NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)", re.IGNORECASE)  # may lie beside images
 
 
 def list_images(folder):
-    """({(p, k): path}, paths of files whose names say neither image nor note). Raises UserError."""
+    """({p: {k: path}}, other files), images by prompt and number. Raises UserError for twins."""
     found, others = {}, []
-    for root, _, names in os.walk(folder):
-        for path in sorted(os.path.join(root, name) for name in names):
-            name = os.path.relpath(path, folder).replace(os.sep, "/")
-            match = IMAGE_NAME.fullmatch(name)
-            if not match:
-                if not NO_IMAGE_NAME.match(name):
-                    others.append(path)
-                continue
-            key = int(match[1]), int(match[2] or 0)
-            if key in found:
-                same = f"{found[key]} and {path} are both image {key[1]} of prompt {key[0]}"
-                raise UserError(f"{same}: remove one")
-            found[key] = path
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name.isdigit()]
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            match = IMAGE_NAME.fullmatch(os.path.relpath(path, folder).replace(os.sep, "/"))
+            if match:
+                p, k = int(match[1]), int(match[2] or 0)
+                twin = found.setdefault(p, {}).setdefault(k, path)
+                if twin != path:
+                    raise UserError(f"{twin} and {path} are both image {k} of prompt {p}")
+            elif not NOTES.fullmatch(name):
+                others.append(path)
     return found, others
+
+
+def to_pixels(images):
+    """uint8 (H, W, 3) tensors of one size -> (N, 3, H, W) in [0, 1]."""
+    return torch.stack(list(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def read_image(file):
