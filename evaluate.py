@@ -13,9 +13,9 @@ The protocol, as far as the paper states it:
 4. A cell is the mean over the prompts ± their standard deviation (and the mean's standard error).
 
 --output_dir gets table2.md, table3.md, summary.csv, tradeoff.png, and for each model images/ and
-scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed. So a
+scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed: a
 call that was killed goes on, and several may share the folder, one judge a GPU. (The code of a
-judge is not looked at: when you change yours, delete its CSV.)
+judge is not looked at: delete its CSV when you change yours.)
 """
 
 import csv
@@ -23,12 +23,9 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import time
-from collections import defaultdict
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +106,7 @@ class Row:
 def main():
     start, args = time.time(), parse_args()
     rows = find_rows(args)
-    judges, metrics = choose_metrics(args, rows)
-    prompts = choose_prompts(args, rows)
+    metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in rows:
         if not row.model:  # before anything is painted
             find_images(row, prompts, args)
@@ -120,21 +116,15 @@ def main():
             paint(row, prompts, choose_sampler(args, rows), args)
         row.stamp = f"# images {digest(row.files.values(), [*row.files, prompts])}"
     not_run = {}  # metric -> why
-    for name in judges + metrics:
+    for name in metrics:
         try:
             score(rows, name, prompts, args)
-        except UserError as error:  # such as weights that are not here: its cells will say so
-            not_run[name] = str(error)
+        except UserError as error:  # such as weights that are not here
+            if name in args.judges + args.metrics:
+                raise
+            not_run[name] = str(error)  # its cells will say so
     write_tables(rows, args.output_dir, not_run)
-    peak = peak_gb(args.device) or math.nan
-    print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")
-    for name in args.judges + args.metrics:
-        if name in not_run:
-            raise UserError(f"{name} was asked for, but not run: {not_run[name]}")
-
-
-# --------------------------------------------------------------------------------------------------
-# What is asked for
+    print(f"{time.time() - start:.0f} s, peak memory {peak_gb(args.device) or np.nan:.2f} GB")
 
 
 def parse_args():
@@ -185,11 +175,11 @@ def find_model(model):
 
 
 def choose_metrics(args, rows):
-    """(judges, metrics). For a model whose train.json names a judge: those without weights."""
+    """Names. For a model whose train.json names a judge: that, and what needs no weights."""
     own = weights.read_train_json(rows[0].source).get("judge")
     judges = args.judges or ([own] if own else TABLE2)
     metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][2]]
-    return [[name for name in names if name != "none"] for names in (judges, metrics)]
+    return [name for name in (*judges, *metrics) if name != "none"]
 
 
 def choose_prompts(args, rows):
@@ -224,24 +214,19 @@ def choose_sampler(args, rows):
     return {name: getattr(args, name) or run[name] for name in sampler}
 
 
-# --------------------------------------------------------------------------------------------------
-# Images
-
-
 def find_images(row, prompts, args):
     """Sets row.files to the first K images of every prompt, having read them all."""
     found, bad = list_images(row.images)
     count = len(prompts) or max(found, default=0) + 1
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
-    # where nobody says how many, the first folder does
-    args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
+    K = args.images_per_prompt or max(map(len, found.values()), default=1)
+    args.images_per_prompt = K  # where nobody says how many, the first folder does
     row.files = {}
     for p in range(count):
-        images = sorted(found.get(p, {}).items())[: args.images_per_prompt]
-        if len(images) < args.images_per_prompt:
-            why = f"{row.images} has {len(images)} images P_K.png, P/K.png or P.png of prompt {p}"
-            raise UserError(f"{why}, not {args.images_per_prompt}: --images_per_prompt")
+        images = sorted(found.get(p, {}).items())[:K]
+        if len(images) < K:
+            raise UserError(f"{row.images} has {len(images)} images {p}_K.png, not {K}")
         for k, path in images:
             try:
                 read_image(path)
@@ -250,8 +235,7 @@ def find_images(row, prompts, args):
                 bad.append(path)
     row.bad_files = len(bad)
     if bad and not args.skip_bad:
-        why = f"{row.images}: {len(bad)} files are not whole images P_K.png, such as {bad[0]}"
-        raise UserError(f"{why}: mend them, or --skip_bad")
+        raise UserError(f"{len(bad)} files are no whole images P_K.png (--skip_bad), as {bad[0]}")
 
 
 def paint(row, prompts, sampler, args):
@@ -269,12 +253,12 @@ def paint(row, prompts, sampler, args):
     if row.source != row.model:
         load_policy(pipe.unet, row.source)
     with progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
-        options = dict(batch_size=args.batch_size, progress=bar.update)
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(p, k) for p, k in batch]
-            images = generate(pipe, captions, seeds, *sampler.values(), **options)
+            sampling = *sampler.values(), 0.0, args.batch_size, bar.update  # eta 0
+            images = generate(pipe, captions, seeds, *sampling)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
@@ -290,8 +274,7 @@ def check_settings(row, prompts, sampler):
     painted = json.loads(path.read_text())
     other = [name for name in settings if painted[name] != settings[name]]
     if other:
-        why = f"{row.images} was painted with other {', '.join(other)}"
-        raise UserError(f"{why}: give another --output_dir, or delete {row.folder}")
+        raise UserError(f"{row.images} has images of other {', '.join(other)}: delete {row.folder}")
 
 
 def digest(paths, more):
@@ -317,12 +300,11 @@ def score(rows, name, prompts, args):
         metric = metric or load_metric(name, prompts, args)
         lines = []
         bar = progress_bar(iterable=row.files, unit="image", desc=f"{name} of {row.label}")
-        for p, keys in itertools.groupby(bar, itemgetter(0)):
+        for p, keys in itertools.groupby(bar, lambda key: key[0]):
             arrays = {k: read_image(row.files[p, k]) for _, k in keys}  # (H, W, 3)
             sizes = {array.shape[:2] for array in arrays.values()}
             if len(sizes) > 1 or min(min(sizes)) < least:
-                why = f"{name} needs images of one size, at least {least} pixels each way"
-                raise UserError(f"{why}: see prompt {p} of {row.label}")
+                raise UserError(f"{name} needs images of one size, from {least} pixels: prompt {p}")
             images = {k: torch.from_numpy(x).to(args.device) for k, x in arrays.items()}
             for line in measure(name, metric, p, images, prompts):
                 lines.append({"prompt_index": p, **line})
@@ -339,7 +321,6 @@ def read_scores(row, name, place=""):
 
 
 def write_csv(path, lines, first_line=""):
-    """lines: [{column: value}]."""
     text = io.StringIO()
     text.write(first_line)
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
@@ -395,8 +376,8 @@ def write_tables(rows, output_dir, not_run):
                     summaries.append({"model": row.label, "metric": figure, **row.scores[figure]})
                     if figure not in TABLE3:  # perhaps a judge of your own
                         table2.setdefault(figure, (figure, "↑", 0, "-"))
-    for number, columns in ((2, table2), (3, TABLE3)):
-        table = make_table(columns, rows, not_run)
+    for number, flag, columns in ((2, "--judges", table2), (3, "--metrics", TABLE3)):
+        table = make_table(columns, rows, flag, not_run)
         write_file(f"{output_dir}/table{number}.md", table)
         print(f"\n### Table {number}\n\n{table}")
     if summaries:
@@ -405,25 +386,22 @@ def write_tables(rows, output_dir, not_run):
 
 
 def summarise(lines, figure):
-    """{mean, sd, se, prompts, left_out} over the prompts.
-
-    Values that are not finite (FSIM of a black image, PSNR of identical ones) are left out.
-    """
-    by_prompt, left_out = defaultdict(list), 0
+    """{mean, sd, se, prompts, left_out}: statistics over the prompts' means."""
+    by_prompt, left_out = {}, 0
     for line in lines:
         value = float(line[figure])
-        if math.isfinite(value):
-            by_prompt[line["prompt_index"]].append(value)
-        else:
+        if np.isfinite(value):
+            by_prompt.setdefault(line["prompt_index"], []).append(value)
+        else:  # FSIM of a black image, PSNR of identical ones
             left_out += 1
     means = [np.mean(values) for values in by_prompt.values()]
     count = len(means)
-    mean = np.mean(means) if means else math.nan
-    sd = np.std(means, ddof=1) if count > 1 else math.nan
-    return dict(mean=mean, sd=sd, se=sd / math.sqrt(count or 1), prompts=count, left_out=left_out)
+    mean = np.mean(means) if means else np.nan
+    sd = np.std(means, ddof=1) if count > 1 else np.nan
+    return dict(mean=mean, sd=sd, se=sd / np.sqrt(count), prompts=count, left_out=left_out)
 
 
-def make_table(columns, rows, not_run):
+def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
     grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
     notes = [f"{row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
@@ -444,7 +422,6 @@ def make_table(columns, rows, not_run):
             if left_out:
                 notes.append(f"{name} of {row.label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):
-            flag = "--metrics" if name in TABLE3 else "--judges"
             default = f"not asked for: {flag} {name}, {size} GB of weights"
             notes.append(f"{name}: {not_run.get(name, default)}")
         grid.append([*cells, paper])
