@@ -203,7 +203,7 @@ def to_record(row, where, folder):
         caption.encode()  # half a surrogate pair, which JSON can hold, is no text
         images = []
         for cell in (cells["winner"], cells["loser"]):
-            is_name = isinstance(cell, str)
+            is_name = isinstance(cell, str) and cell.strip()
             images.append((cell, folder / cell.strip()) if is_name else (where, cell))
         label = cells.get("label", "")
         label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
@@ -285,11 +285,12 @@ def hold_out_captions(data, prompts_file, count):
 
     prompts_file: --prompts, which names them itself. Raises UserError if no pair is left.
     """
-    captions, held_out = hold_out(data.captions, count)
     if prompts_file:
         held_out = read_prompts(prompts_file)[:count]
-    elif captions == held_out:  # a single one, on both sides
-        return data, held_out
+    else:
+        captions, held_out = hold_out(data.captions, count)
+        if captions == held_out:  # a single one, on both sides
+            return data, held_out
     rest = data.without(held_out)
     if len(rest) == 0:
         raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")

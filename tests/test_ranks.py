@@ -126,13 +126,22 @@ def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, tmp
     assert job.poll() is None, job.communicate()[0]
     os.kill(workers(job)[1], signal.SIGKILL)
     out, _ = job.communicate()
-    assert job.returncode != 0 and "lost the other ranks" in out and "--resume goes on" in out, out
+    assert job.returncode != 0, out
     step, _, seen = torch.load(folder / "state.pt", weights_only=True)["position"]
     assert seen > 0
     more = ["--resume", "--output_dir", folder, "--max_train_steps", step + 3]
     code, out, err = command("train.py", *more)
     assert code == 0 and f"resumed at optimiser step {step}" in out, err
     assert [r["step"] for r in log(folder, "step")] == list(range(1, step + 4))
+
+
+def test_a_rank_that_lost_the_others_says_so(tmp_path, small_run):
+    kill = "KILL", "sample", "step_log_ratios", 3
+    flags = ["--num_epochs", 3, "--output_dir", tmp_path / "run"]
+    (code, printed), (killed, _) = ranks("train.py", *small_run, *flags, kill=kill)
+    assert killed == -signal.SIGKILL and code == 2
+    last = printed.strip().splitlines()[-1]
+    assert "lost the other ranks" in last and "--resume goes on" in last
 
 
 def test_bad_input_is_said_once(tmp_path, small_run):

@@ -1,385 +1,495 @@
-"""Loading, LoRA, sampling and the pool of pairs: against diffusers, peft and a rollout written out naively."""
-import json
+"""Images from seeds and SPO's pool of pairs, against diffusers' pipeline and a naive rollout."""
+
+import copy
+import inspect
 import os
-import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from conftest import shake
+from PIL import Image
+from torch.distributions import Normal
 
 import sample
-from toy import world as toy
-from sample import (TOY, UserError, add_lora, collect_pairs, ddim_mean_std, decode, encode_prompts, generate, load_lora,
-                    load_pipeline, lora_layers, lora_off, predict_noise, save_lora)
+from loss import ddim_mean_std
+from parts.model import Policy, decode, encode_prompts, load_pipeline, predict_noise
+from sample import (
+    Pairs,
+    clear_pairs,
+    collect_pairs,
+    generate,
+    join_pairs,
+    paint,
+    seed_of,
+)
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+PROMPTS = ["a red sun", "a white moon over snow", "a yellow sun under a blue sky"]
 
 
-@pytest.fixture
-def pipe(micro):
-    return load_pipeline(micro)
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
-def shake(unet, seed=0, scale=0.1):
-    """A LoRA that has been trained, as far as its numbers go."""
-    g = torch.Generator().manual_seed(seed)
-    for _, m in lora_layers(unet):
-        m.lora_B.data = torch.randn(m.lora_B.shape, generator=g) * scale
+def overshoot(pipe, monkeypatch, factor=1.5):
+    """The VAE's images leave [-1, 1]. Returns the list of what it decodes, raw."""
+    raw, decode_once = [], pipe.vae.decode
+
+    def louder(latents):
+        result = decode_once(latents)
+        result.sample = factor * result.sample
+        raw.append(result.sample)
+        return result
+
+    monkeypatch.setattr(pipe.vae, "decode", louder)
+    return raw
 
 
-def edited(folder, tmp_path, part, change):
-    """A copy of a model folder with one JSON changed."""
-    new = str(tmp_path / "edited")
-    shutil.copytree(folder, new)
-    path = os.path.join(new, part)
-    with open(path) as f:
-        config = json.load(f)
-    change(config)
-    with open(path, "w") as f:
-        json.dump(config, f)
-    return new
+# --------------------------------------------------------------------------------------------------
+# Images from seeds
 
 
-# ---- loading
-
-def test_schedulers_whose_last_step_is_silent_are_corrected_aloud(micro, tmp_path, capsys):
-    """SD1.5's own PNDM config passes in silence; set_alpha_to_one, clip_sample and steps_offset 0 are corrected."""
-    quiet = edited(micro, tmp_path / "a", "scheduler/scheduler_config.json", lambda c: c.update(
-        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None}))
-    model_index = os.path.join(quiet, "model_index.json")
-    text = open(model_index).read().replace("DDIMScheduler", "PNDMScheduler")
-    open(model_index, "w").write(text)
-    pipe = load_pipeline(quiet)
-    assert capsys.readouterr().err == ""
-    assert type(pipe.scheduler).__name__ == "DDIMScheduler" and not pipe.scheduler.config.clip_sample
-    loud = edited(micro, tmp_path / "b", "scheduler/scheduler_config.json",
-                  lambda c: c.update(set_alpha_to_one=True, clip_sample=True, steps_offset=0))
-    pipe = load_pipeline(loud)
-    err = capsys.readouterr().err
-    assert all(k in err for k in ("set_alpha_to_one", "clip_sample", "steps_offset")) and err.count("\n") == 1
-    pipe.scheduler.set_timesteps(20)
-    t = pipe.scheduler.timesteps
-    assert t[0] == 951 and t[-1] == 1
-    _, std, _ = ddim_mean_std(torch.zeros(20, 4, 1, 1), torch.zeros(20, 4, 1, 1), t, pipe.scheduler.alphas_cumprod, 20)
-    assert (std > 0).all()
-
-
-@pytest.mark.parametrize("part, change, words", [
-    ("scheduler/scheduler_config.json", dict(prediction_type="v_prediction"), "prediction_type epsilon"),
-    ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "zero-SNR")])
-def test_unsuitable_schedulers_are_refused(micro, tmp_path, part, change, words):
-    with pytest.raises(UserError, match=words):
-        load_pipeline(edited(micro, tmp_path, part, lambda c: c.update(change)))
-
-
-def test_nothing_is_trainable_and_no_safety_checker(pipe):
-    assert pipe.safety_checker is None
-    assert not any(p.requires_grad for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters())
-
-
-# ---- LoRA
-
-def test_lora_starts_as_the_reference_and_turns_off(pipe):
-    x, t, text = torch.randn(2, 4, 12, 12), torch.tensor([801, 51]), encode_prompts(pipe, ["a red sun", "a white moon"])
-    null = encode_prompts(pipe, [""])
-    with torch.no_grad():
-        before = predict_noise(pipe.unet, x, t, text, null, 5.0)
-        params = add_lora(pipe.unet, 3)
-        assert isinstance(params, list) and len(params) == 2 * len(lora_layers(pipe.unet)) > 0
-        assert torch.equal(predict_noise(pipe.unet, x, t, text, null, 5.0), before)
-        shake(pipe.unet)
-        assert not torch.allclose(predict_noise(pipe.unet, x, t, text, null, 5.0), before)
-        with lora_off(pipe.unet):
-            assert torch.equal(predict_noise(pipe.unet, x, t, text, null, 5.0), before)
-        assert not torch.allclose(predict_noise(pipe.unet, x, t, text, null, 5.0), before)
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in params)
-    with pytest.raises(ValueError, match="already"):
-        add_lora(pipe.unet, 3)
-
-
-def test_lora_sits_where_spo_puts_it_with_sd15s_count():
-    """At SD1.5's real size (shapes only, no memory): 128 layers, 0.797 M parameters at rank 4."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        params = add_lora(unet, 4)
-    assert len(lora_layers(unet)) == 128
-    assert sum(p.numel() for p in params) == 797_184
-    assert {n.split("attn")[1][2:] for n, _ in lora_layers(unet)} == {"to_q", "to_k", "to_v", "to_out.0"}
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_lora_is_fp32_over_a_half_precision_base_and_learns(micro, dtype):
-    pipe = load_pipeline(micro, dtype=dtype)
-    params = add_lora(pipe.unet, 2)
-    assert {p.dtype for p in params} == {torch.float32} and pipe.unet.conv_in.weight.dtype == dtype
-    eps = predict_noise(pipe.unet, torch.randn(1, 4, 12, 12), torch.tensor([500]), encode_prompts(pipe, ["a sun"]),
-                        encode_prompts(pipe, [""]), 5.0)
-    assert eps.dtype == torch.float32 and eps.isfinite().all()
-    eps.pow(2).mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in params)
-
-
-def test_lora_file_opens_in_plain_diffusers(micro, tmp_path):
-    """pipe.load_lora_weights(folder), with peft: the same UNet output to 1e-5."""
-    pytest.importorskip("peft")
-    ours = load_pipeline(micro)
-    add_lora(ours.unet, 3)
-    shake(ours.unet)
-    save_lora(ours.unet, str(tmp_path))
-    theirs = StableDiffusionPipeline.from_pretrained(micro, safety_checker=None, low_cpu_mem_usage=False)
-    x, t, text = torch.randn(2, 4, 12, 12), torch.tensor([801, 51]), encode_prompts(ours, ["a red sun", "a white moon"])
-    with torch.no_grad():
-        plain = theirs.unet(x, t, text).sample
-        theirs.load_lora_weights(str(tmp_path))
-        a, b = ours.unet(x, t, text).sample, theirs.unet(x, t, text).sample
-    assert (a - plain).abs().max() > 1e-2
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-def test_lora_round_trip_and_refusals(micro, tmp_path, pipe):
-    add_lora(pipe.unet, 3)
-    shake(pipe.unet)
-    save_lora(pipe.unet, str(tmp_path))
-    other = load_pipeline(micro)
-    load_lora(other.unet, str(tmp_path))
-    for (_, a), (_, b) in zip(lora_layers(pipe.unet), lora_layers(other.unet)):
-        assert torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B)
-    two = load_pipeline(micro)
-    add_lora(two.unet, 2)
-    with pytest.raises(UserError, match="another rank"):
-        load_lora(two.unet, str(tmp_path))
-    with pytest.raises(UserError, match="another rank or size"):
-        load_lora(load_pipeline(TOY).unet, str(tmp_path))
-    path = str(tmp_path / sample.LORA_FILE)
-    state = load_file(path)
-    state.pop(sorted(state)[0])
-    save_file(state, path)
-    with pytest.raises(UserError, match="another model: 1 layers differ"):
-        load_lora(load_pipeline(micro).unet, str(tmp_path))
-    with open(path, "r+b") as f:
-        f.truncate(500)
-    with pytest.raises(UserError, match="damaged"):
-        load_lora(load_pipeline(micro).unet, str(tmp_path))
-    with pytest.raises(UserError, match="no LoRA at"):
-        load_lora(load_pipeline(micro).unet, str(tmp_path / "nowhere"))
-
-
-# ---- sampling
-
-def test_generate_is_diffusers_own_pipeline(pipe):
-    """The same picture as StableDiffusionPipeline.__call__ from the same latents, with and without noise and guidance."""
-    prompt, seed = "a red sun over a sea", 3
-    for guidance, eta in ((5.0, 0.0), (1.0, 0.0), (3.0, 1.0)):
-        ours = generate(pipe, [prompt], [seed], num_steps=6, guidance=guidance, eta=eta)
-        g = torch.Generator().manual_seed(seed)
-        first = torch.randn(1, 4, 12, 12, generator=g)
-        theirs = pipe(prompt, latents=first, generator=g, num_inference_steps=6, guidance_scale=guidance, eta=eta,
-                      output_type="pt").images
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("guidance, eta", [(5.0, 0.0), (1.0, 0.0), (3.0, 1.0)])
+def test_generate_is_diffusers_own_pipeline(pipe, guidance, eta):
+    """From the same first latents and noise, with and without guidance."""
+    prompt, seed = PROMPTS[0], 3
+    ours = generate(pipe, [prompt], [seed], num_steps=6, guidance=guidance, eta=eta)
+    generator = seeded(seed)
+    first = torch.randn(1, 4, 12, 12, generator=generator)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt,
+        latents=first,
+        generator=generator,
+        num_inference_steps=6,
+        guidance_scale=guidance,
+        eta=eta,
+        output_type="pt",
+    )
+    torch.testing.assert_close(ours, theirs.images, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("eta", (0.0, 1.0))
 def test_a_seed_is_a_picture_at_any_batch_size(pipe, eta):
-    prompts = ["a red sun", "a white moon over snow", "a yellow sun"]
-    one = generate(pipe, prompts, [7, 8, 9], num_steps=4, eta=eta, batch_size=1)
-    all_ = generate(pipe, prompts, [7, 8, 9], num_steps=4, eta=eta, batch_size=3)
-    torch.testing.assert_close(one, all_, rtol=0, atol=1e-5)
-    alone = generate(pipe, prompts[2:], [9], num_steps=4, eta=eta)
-    torch.testing.assert_close(one[2:], alone, rtol=0, atol=1e-5)
+    seeds = [7, 8, 9]
+    one_by_one = generate(pipe, PROMPTS, seeds, num_steps=4, eta=eta, batch_size=1)
+    together = generate(pipe, PROMPTS, seeds, num_steps=4, eta=eta, batch_size=3)
+    alone = generate(pipe, PROMPTS[2:], seeds[2:], num_steps=4, eta=eta)
+    torch.testing.assert_close(one_by_one, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one_by_one[2:], alone, rtol=0, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 0.01
 
 
 @cuda
 def test_a_seed_is_a_picture_on_the_gpu_too(micro):
-    a = generate(load_pipeline(micro), ["a red sun"], [7], num_steps=4)
-    b = generate(load_pipeline(micro, "cuda"), ["a red sun"], [7], num_steps=4)
-    torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+    on_cpu = generate(load_pipeline(micro), PROMPTS[:1], [7], num_steps=4)
+    on_gpu = generate(load_pipeline(micro, "cuda"), PROMPTS[:1], [7], num_steps=4)
+    torch.testing.assert_close(on_cpu, on_gpu, rtol=0, atol=2e-2)
 
 
-class Judge:
-    """Writes down what it is asked; the score is the mean brightness, scaled."""
+def test_generate_clamps_what_the_vae_overshoots(pipe, monkeypatch):
+    raw = overshoot(pipe, monkeypatch, factor=4)
+    images = generate(pipe, PROMPTS, [0, 1, 2], num_steps=3)
+    expected = (raw[0] / 2 + 0.5).clamp(0, 1)
+    assert not torch.equal(expected, raw[0] / 2 + 0.5)
+    torch.testing.assert_close(images, expected)
+
+
+def test_progress_comes_after_every_step_and_adds_up_to_the_images(pipe):
+    shares = []
+    generate(pipe, PROMPTS, [0, 1, 2], num_steps=4, batch_size=2, progress=shares.append)
+    assert shares == [2 / 4] * 4 + [1 / 4] * 4
+
+
+def test_prompts_without_their_seeds_are_refused(pipe):
+    with pytest.raises(ValueError, match="3 prompts but 2 seeds"):
+        generate(pipe, PROMPTS, [0, 1])
+
+
+def test_no_two_of_400_prompts_x_100_images_share_a_seed():
+    """HPDv2's 400 prompts; up to 100 images of each."""
+    seeds = {seed_of(p, k) for p in range(400) for k in range(100)}
+    assert len(seeds) == 400 * 100
+
+
+def test_paint_gives_image_k_of_prompt_p_the_seed_of_both(pipe):
+    images = paint(pipe, PROMPTS, 2, num_steps=3, guidance=2.0)
+    assert images.shape == (3, 2, 3, 48, 48)
+    for p, prompt in enumerate(PROMPTS):
+        for k in range(2):
+            (expected,) = generate(pipe, [prompt], [seed_of(p, k)], num_steps=3, guidance=2.0)
+            torch.testing.assert_close(images[p, k], expected, rtol=0, atol=1e-5)
+
+
+def test_paint_gives_two_equal_prompts_different_noise(pipe):
+    images = paint(pipe, ["a red sun", "a red sun"], 2, num_steps=3).flatten(0, 1)
+    for i in range(4):
+        for j in range(i):
+            assert (images[i] - images[j]).abs().max() > 0.01
+
+
+# --------------------------------------------------------------------------------------------------
+# Which children make a pair
+
+
+@pytest.mark.parametrize("gap, clear", [(0.61, False), (0.618, False), (0.62, True), (3.0, True)])
+def test_a_pair_is_clear_where_softmax_differs_by_more_than_the_threshold(gap, clear):
+    """0.3 of softmax([best, worst]) is a gap of 0.619 in scores: facts of SPO's code."""
+    best, worst = torch.softmax(torch.tensor([1 + gap, 1.0]), 0)
+    assert (best - worst > 0.3).item() == clear
+    parent, children = torch.randn(1, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    scores = torch.tensor([[1 + gap / 2, 1.0, 1 + gap]])
+    x_t, x_w, x_l, t, prompt = clear_pairs(parent, children, 51, scores, 0.3)
+    assert len(x_t) == len(t) == len(prompt) == int(clear)
+    if clear:
+        assert torch.equal(x_t, parent) and t.tolist() == [51] and prompt.tolist() == [0]
+        assert torch.equal(x_w[0], children[2]) and torch.equal(x_l[0], children[1])
+
+
+def test_each_prompt_chooses_among_its_own_children():
+    parent, children = torch.randn(3, 4, 2, 2), torch.randn(6, 4, 2, 2)
+    scores = torch.tensor([[0.0, 9.0], [5.0, 5.0], [2.0, -2.0]])  # the second is a tie
+    x_t, x_w, x_l, t, prompt = clear_pairs(parent, children, 1, scores, 0.3)
+    assert prompt.tolist() == [0, 2]
+    assert torch.equal(x_t, parent[[0, 2]])
+    assert torch.equal(x_w, children[[1, 4]])
+    assert torch.equal(x_l, children[[0, 5]])
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+def test_a_score_that_is_not_finite_makes_its_pair_invalid(bad):
+    parent, children = torch.randn(2, 4, 2, 2), torch.randn(6, 4, 2, 2)
+    scores = torch.tensor([[0.0, bad, 9.0], [0.0, 1.0, 9.0]])
+    _, _, _, _, prompt = clear_pairs(parent, children, 1, scores, 0.3)
+    assert prompt.tolist() == [1]
+
+
+# --------------------------------------------------------------------------------------------------
+# The rollout
+
+
+class Brightness:
+    """A judge that writes down what it is asked; its score is the mean brightness, scaled."""
+
     name = "brightness"
+    reads_prompt = False
 
-    def __init__(self, scale=1000.0):
-        self.scale, self.asked, self.encoded = scale, [], 0
+    def __init__(self, scale=1000.0, unclamped=False):
+        self.scale, self.unclamped = scale, unclamped
+        self.images, self.text, self.times = [], [], []
+        self.encoded = 0
 
     def encode(self, prompts):
         self.encoded += 1
         return torch.arange(len(prompts)).float()[:, None]
 
     def __call__(self, images, text, t=None):
-        self.asked.append((images, text.flatten().tolist(), t.tolist()))
+        self.images.append(images)
+        self.text.append(text.flatten().tolist())
+        self.times.append(t.tolist())
         return images.mean((1, 2, 3)) * self.scale
 
 
-def naive_pairs(pipe, prompt, seed, K, first, threshold, steps, guidance):
+def test_defaults_are_spos():
+    """facts of the SPO paper and code: K = 4 from step 4 of 20, threshold 0.3, eta 1, guidance 5;
+    evaluated with 20 steps, guidance 5, eta 0."""
+    defaults = {}
+    for function in (collect_pairs, generate):
+        parameters = inspect.signature(function).parameters.values()
+        defaults[function] = {parameter.name: parameter.default for parameter in parameters}
+    rollout = dict(num_children=4, first_step=4, threshold=0.3, num_steps=20, eta=1, guidance=5)
+    assert rollout.items() <= defaults[collect_pairs].items()
+    assert dict(num_steps=20, guidance=5, eta=0).items() <= defaults[generate].items()
+
+
+def naive_pairs(pipe, prompt, seed, K, first_step, threshold, num_steps, guidance):
     """SPO's pool for ONE prompt, with two predictions wherever the fused version reuses one."""
-    g = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     text, null = encode_prompts(pipe, [prompt]), encode_prompts(pipe, [""])
-    pipe.scheduler.set_timesteps(steps)
-    ts, table = pipe.scheduler.timesteps.tolist(), pipe.scheduler.alphas_cumprod
-    with torch.no_grad():
-        step = lambda x, t: ddim_mean_std(predict_noise(pipe.unet, x, torch.tensor([t]), text, null, guidance), x,
-                                          torch.tensor([t]), table, steps)
-        x = torch.randn(1, 4, 12, 12, generator=g)
-        pairs = []
-        for i, t in enumerate(ts):
-            mean, std, _ = step(x, t)
-            if i < first:
-                x = mean + std * torch.randn(1, 4, 12, 12, generator=g)
-                continue
-            kids = [mean + std * z for z in torch.randn(1, K, 4, 12, 12, generator=g)[0][:, None]]
-            x0 = [step(k, ts[i + 1])[2] if i + 1 < steps else k for k in kids]
-            s = torch.stack([decode(pipe, z).mean() * 3e4 for z in x0])
-            w, l = int(s.argmax()), int(s.argmin())
-            p = torch.softmax(torch.stack([s[w], s[l]]), 0)
-            if p[0] - p[1] > threshold:
-                pairs.append((t, x, kids[w], kids[l]))
-            if i + 1 < steps:
-                x = kids[int(torch.randint(K, (1,), generator=g))]
+    pipe.scheduler.set_timesteps(num_steps)
+    timesteps = pipe.scheduler.timesteps.tolist()
+
+    def step(x, t):
+        t = torch.tensor([t])
+        eps = predict_noise(pipe.unet, x, t, text, null, guidance)
+        return ddim_mean_std(eps, x, t, pipe.scheduler.alphas_cumprod, num_steps)
+
+    x, pairs = torch.randn(1, 4, 12, 12, generator=generator), []
+    for i, t in enumerate(timesteps):
+        mean, std, _ = step(x, t)
+        if i < first_step:
+            x = mean + std * torch.randn(1, 4, 12, 12, generator=generator)
+            continue
+        noise = torch.randn(K, 4, 12, 12, generator=generator)
+        children = [mean + std * z for z in noise[:, None]]
+        is_last = i + 1 == num_steps
+        scores = []
+        for child in children:
+            x0 = child if is_last else step(child, timesteps[i + 1])[2]
+            scores.append(decode(pipe, x0).clamp(0, 1).mean() * 3e4)
+        best, worst = max(scores), min(scores)
+        p = torch.softmax(torch.stack([best, worst]), 0)
+        if p[0] - p[1] > threshold:
+            x_w, x_l = children[scores.index(best)], children[scores.index(worst)]
+            pairs.append((t, x, x_w, x_l))
+        if not is_last:
+            x = children[int(torch.randint(K, (1,), generator=generator))]
     return pairs
 
 
-@pytest.mark.parametrize("K, first, guidance", [(3, 1, 5.0), (2, 0, 1.0), (4, 3, 0.0)])
-def test_collect_pairs_is_spos_pool(pipe, K, first, guidance):
-    judge, steps = Judge(3e4), 5
-    got = collect_pairs(pipe, judge, ["a red sun"], torch.Generator().manual_seed(4), K, first, 0.3, steps, guidance=guidance)
-    want = naive_pairs(pipe, "a red sun", 4, K, first, 0.3, steps, guidance)
-    assert 0 < len(got) == len(want) <= got.candidates == steps - first
-    for i, (t, x, w, l) in enumerate(want):
-        assert got.t[i] == t
-        for a, b in ((got.x_t[i], x[0]), (got.x_w[i], w[0]), (got.x_l[i], l[0])):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
-    timesteps = [a[2][0] for a in judge.asked]  # a child is judged at its own time, the last ones at 0
-    assert timesteps == pipe.scheduler.timesteps.tolist()[first + 1:] + [0]
+@pytest.mark.parametrize("K, first_step, guidance", [(3, 1, 5.0), (2, 0, 1.0), (4, 3, 0.0)])
+def test_collect_pairs_is_spos_pool(pipe, K, first_step, guidance):
+    settings = (K, first_step, 0.3, 5)
+    judge = Brightness(3e4)
+    pairs = collect_pairs(pipe, judge, PROMPTS[:1], seeded(4), *settings, guidance=guidance)
+    with torch.no_grad():
+        naive = naive_pairs(pipe, PROMPTS[0], 4, *settings, guidance)
+    assert pairs.scores.shape == (5 - first_step, 1, K)
+    assert 0 < len(pairs.t) == len(naive)
+    for i, (t, x_t, x_w, x_l) in enumerate(naive):
+        assert pairs.t[i] == t
+        for ours, theirs in ((pairs.x_t, x_t), (pairs.x_w, x_w), (pairs.x_l, x_l)):
+            torch.testing.assert_close(ours[i], theirs[0], rtol=0, atol=1e-4)
+
+
+def test_a_child_is_judged_at_its_own_timestep_and_the_last_ones_at_0(pipe):
+    judge = Brightness()
+    pairs = collect_pairs(pipe, judge, PROMPTS[:2], seeded(0), 3, 1, 0.0, 5)
+    timesteps = [801, 601, 401, 201, 1]
+    assert judge.times == [[t] * 6 for t in (401, 201, 1, 0)]  # the children's: 2 x 3 of them
+    assert sorted(set(pairs.t.tolist()), reverse=True) == timesteps[1:]  # their parents'
+
+
+def test_the_last_children_are_decoded_as_they_are(pipe, monkeypatch):
+    judge, decoded = Brightness(), []
+
+    def recording(pipe, latents, vae=None):
+        decoded.append(latents)
+        return decode(pipe, latents, vae)
+
+    monkeypatch.setattr(sample, "decode", recording)
+    pairs = collect_pairs(pipe, judge, PROMPTS[:1], seeded(0), 2, 1, 0.0, 4)
+    last = {tuple(x.flatten().tolist()) for x in decoded[-1]}
+    pair = {tuple(x.flatten().tolist()) for x in (pairs.x_w[-1], pairs.x_l[-1])}
+    assert last == pair
+
+
+def test_a_random_child_goes_on_and_not_the_judges_choice(pipe):
+    """Two judges of opposite taste, the same generator: the same trajectories x_t."""
+    likes = collect_pairs(pipe, Brightness(1000), PROMPTS, seeded(0), 3, 1, 0.0, 6)
+    dislikes = collect_pairs(pipe, Brightness(-1000), PROMPTS, seeded(0), 3, 1, 0.0, 6)
+    assert len(likes.t) == 3 * 5
+    assert torch.equal(likes.x_t, dislikes.x_t)
+    assert torch.equal(likes.x_w, dislikes.x_l) and torch.equal(likes.x_l, dislikes.x_w)
+
+
+def test_every_child_goes_on_equally_often(pipe):
+    """Which of K = 2 goes on: best or worst, by far from always the same one."""
+    prompts = PROMPTS[:1] * 40
+    pairs = collect_pairs(pipe, Brightness(), prompts, seeded(0), 2, 0, 0.0, 3, guidance=1.0)
+    best_went_on = 0
+    for i in range(40):
+        mine = pairs.prompt == i
+        x_t, x_w = pairs.x_t[mine], pairs.x_w[mine]
+        best_went_on += sum(torch.equal(x_t[s + 1], x_w[s]) for s in range(2))
+    assert 80 / 2 - 5 * 80**0.5 / 2 < best_went_on < 80 / 2 + 5 * 80**0.5 / 2  # 5 deviations
 
 
 def test_rows_of_many_prompts_do_not_mix(pipe):
-    prompts = ["a red sun", "a white moon over snow", "a yellow sun under a blue sky"]
-    judge = Judge()
-    pairs = collect_pairs(pipe, judge, prompts, torch.Generator().manual_seed(0), 2, 1, 0.0, 4)
+    judge = Brightness()
+    pairs = collect_pairs(pipe, judge, PROMPTS, seeded(0), 2, 1, 0.0, 4)
     assert judge.encoded == 1
-    assert all(text == [0, 0, 1, 1, 2, 2] for _, text, _ in judge.asked)
-    null, table = encode_prompts(pipe, [""]), pipe.scheduler.alphas_cumprod
-    assert len(pairs) == pairs.candidates == 9 and sorted(set(pairs.prompt.tolist())) == [0, 1, 2]
-    with torch.no_grad():  # both children are plausible draws of their own parent, prompt and step: |z| is about 1
-        eps = predict_noise(pipe.unet, pairs.x_t, pairs.t, pairs.text[pairs.prompt], null, 5.0)
-        mean, std, _ = ddim_mean_std(eps, pairs.x_t, pairs.t, table, 4)
+    assert judge.text == [[0, 0, 1, 1, 2, 2]] * 3
+    assert len(pairs.t) == 9 and pairs.prompt.tolist() == [0, 1, 2] * 3
+    # both children are plausible draws of their own parent, prompt and step: |z| is about 1
+    text = pairs.text[pairs.prompt]
+    with torch.no_grad():
+        eps = predict_noise(pipe.unet, pairs.x_t, pairs.t, text, pairs.null, 5.0)
+        mean, std, _ = ddim_mean_std(eps, pairs.x_t, pairs.t, pairs.alphas_cumprod, 4)
     for child in (pairs.x_w, pairs.x_l):
         z = ((child - mean) / std).flatten(1)
-        assert (z.std(1) - 1).abs().max() < 0.12 and z.mean(1).abs().max() < 0.12
+        assert (z.std(1) - 1).abs().max() < 0.12
+        assert z.mean(1).abs().max() < 0.12
 
 
-def test_a_judge_of_nan_makes_no_pair_and_ties_make_none(pipe):
-    for judge in (Judge(float("nan")), Judge(0.0)):
-        pairs = collect_pairs(pipe, judge, ["a red sun"], torch.Generator().manual_seed(0), 2, 1, 0.0, 3)
-        assert len(pairs) == 0 and pairs.candidates == 2 and pairs.x_w.shape == (0, 4, 12, 12)
+@pytest.mark.parametrize("scale", (float("nan"), 0.0))
+def test_a_judge_of_nan_makes_no_pair_and_ties_make_none(pipe, scale):
+    pairs = collect_pairs(pipe, Brightness(scale), PROMPTS[:1], seeded(0), 2, 1, 0.0, 3)
+    assert len(pairs.t) == 0 and pairs.x_w.shape == (0, 4, 12, 12)
+    assert pairs.scores.shape == (2, 1, 2)
 
 
-@pytest.mark.parametrize("kw, words", [(dict(num_children=1), "at least 2"), (dict(first_step=3), "0..2"), (dict(eta=0.0), "positive")])
-def test_impossible_rollouts(pipe, kw, words):
-    with pytest.raises(ValueError, match=words):
-        collect_pairs(pipe, Judge(), ["a"], torch.Generator(), **{"num_steps": 3, "first_step": 1} | kw)
+def test_images_are_clamped_for_every_judge_but_one_that_says_unclamped(pipe, monkeypatch):
+    """The step-aware judge clamps after its own resize, as its checkpoint was used."""
+    raw = overshoot(pipe, monkeypatch, factor=4)
+    for unclamped in (False, True):
+        raw.clear()
+        judge = Brightness(unclamped=unclamped)
+        collect_pairs(pipe, judge, PROMPTS[:2], seeded(0), 2, 1, 0.0, 4)
+        assert len(judge.images) == len(raw) == 3
+        for seen, decoded in zip(judge.images, raw):
+            expected = decoded / 2 + 0.5
+            assert expected.min() < 0 or expected.max() > 1
+            if not unclamped:
+                expected = torch.clamp(expected, 0, 1)
+            torch.testing.assert_close(seen, expected)
 
 
-def test_rollout_costs_what_the_docstring_says(pipe):
-    rows = []
-    pipe.unet.register_forward_pre_hook(lambda m, a: rows.append(len(a[0])))
-    collect_pairs(pipe, Judge(), ["a red sun", "a moon"], torch.Generator().manual_seed(0))
-    assert sum(rows) == 2 * 130
+def test_a_judge_of_ones_own_need_not_know_the_word_unclamped(pipe, monkeypatch):
+    overshoot(pipe, monkeypatch, factor=4)
+    judge = Brightness()
+    del judge.unclamped
+    collect_pairs(pipe, judge, PROMPTS[:1], seeded(0), 2, 1, 0.0, 3)
+    assert all(0 <= images.min() and images.max() <= 1 for images in judge.images)
 
 
-# ---- the command
+def test_a_preview_decoder_paints_for_the_judge_alone(pipe):
+    """With the VAE itself as the preview nothing changes; a brighter one changes scores, not x_t.
 
-def test_command_writes_images_and_a_grid(command, micro, tmp_path):
-    from PIL import Image
-    pipe = load_pipeline(micro)
-    add_lora(pipe.unet, 2)
-    shake(pipe.unet)
-    os.makedirs(tmp_path / "run")
-    save_lora(pipe.unet, str(tmp_path / "run"))
-    code, out, _ = command("sample.py", "a red sun", "a moon", "--model", micro, "--lora", tmp_path / "run", "--seeds", 0, 5,
-                           "--num_inference_steps", 3, "--output_dir", tmp_path / "o", "--device", "cpu")
-    assert code == 0
-    assert sorted(os.listdir(tmp_path / "o")) == ["000_seed0.png", "000_seed5.png", "001_seed0.png", "001_seed5.png", "grid.png"]
-    assert Image.open(tmp_path / "o/000_seed0.png").size == (48, 48)
-    assert Image.open(tmp_path / "o/grid.png").size[1] > 4 * 128  # two prompts, reference above aligned
+    (VAE + 0.2) / 2 is 0.1 brighter, 100 in the scores.
+    """
 
-
-@pytest.mark.parametrize("argv, words", [
-    ([], "nothing to paint"), (["a sun", "--lora", "nowhere"], "no LoRA"), (["a sun", "--num_inference_steps", 0], "at least 1"),
-    (["a sun", "--seeds", "x"], "invalid int"), (["a sun", "--prompts", "nowhere.txt"], "cannot read prompts")])
-def test_bad_input(command, micro, tmp_path, argv, words):
-    code, _, err = command("sample.py", *argv, "--model", micro, "--output_dir", tmp_path / "o")
-    assert code == 2 and words in err and err.count("\n") == 1
-
-
-def tiny_decoder(folder, blocks=3):
-    from diffusers import AutoencoderTiny
-    torch.manual_seed(0)
-    vae = AutoencoderTiny(encoder_block_out_channels=(8,) * blocks, decoder_block_out_channels=(8,) * blocks, num_encoder_blocks=(1,) * blocks,
-                          num_decoder_blocks=(1,) * blocks, latent_channels=4, scaling_factor=1.0)
-    vae.save_pretrained(folder, safe_serialization=True)
-    return str(folder)
-
-
-class Contrast:
-    def encode(self, prompts):
-        return torch.zeros(len(prompts), 0)
-
-    def __call__(self, images, text, t=None):
-        return 1000 * images.flatten(1).std(1)
-
-
-def test_preview_decoder(micro, tmp_path):
-    """With the VAE itself as preview nothing changes and they agree; a tiny one is measured against it."""
-    pipe = sample.load_pipeline(micro)
     def collect(preview):
-        return sample.collect_pairs(pipe, Contrast(), ["a sun", "a moon"], torch.Generator().manual_seed(0), 3, 1, 0.0, 6, preview=preview)
+        judge = Brightness(1000, unclamped=True)
+        return collect_pairs(pipe, judge, PROMPTS, seeded(0), 3, 1, 0.0, 4, preview=preview)
+
     plain, same = collect(None), collect(pipe.vae)
-    assert same.scores.pop("preview_agreement") == 1 and "preview_agreement" not in plain.scores
-    assert plain.scores == same.scores and torch.equal(plain.x_w, same.x_w)
-    other = sample.load_preview(tiny_decoder(tmp_path / "tiny"), pipe)
-    z = torch.randn(3, 4, 12, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(sample.decode(pipe, z, other), (other.decode(z).sample / 2 + .5).clamp(0, 1))
-    seen = []
-    real = sample.decode
-    try:
-        sample.decode = lambda p, x, vae=None: seen.append((vae, real(p, x, vae))) or seen[-1][1]
-        got = collect(other).scores["preview_agreement"]
-    finally:
-        sample.decode = real
-    shares = []  # steps where the VAE looked as well: its images stand right after the preview's
-    for (a, x), (b, y) in zip(seen, seen[1:]):
-        if a is other and b is None:
-            s, f = (Contrast()(v, None).view(2, 3) for v in (x, y))
-            shares += [float((s[p, i] > s[p, j]) == (f[p, i] > f[p, j])) for p in range(2) for i in range(3) for j in range(i + 1, 3)]
-    assert len(shares) == 2 * 2 * 3 and got == pytest.approx(sum(shares) / len(shares))
-    with pytest.raises(sample.UserError, match="enlarges 8 times, the model's VAE 4 and 4"):
-        sample.load_preview(tiny_decoder(tmp_path / "large", 4), pipe)
-    with pytest.raises(sample.UserError, match="such as madebyollin/taesd"):
-        sample.load_preview(str(tmp_path / "nowhere"), pipe)
+    assert torch.equal(plain.scores, same.scores) and torch.equal(plain.x_w, same.x_w)
+    brighter = copy.deepcopy(pipe.vae)
+    brighter.decoder.conv_out.bias += 0.2
+    moved = collect(brighter)
+    torch.testing.assert_close(moved.scores, plain.scores + 100, rtol=0, atol=1e-2)
+    assert torch.equal(moved.x_t, plain.x_t)
 
 
-def test_compiled_functions_meet_their_sizes_alone(monkeypatch):
-    met = []
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda x, y: (met.append(len(x)), f(x, y))[1])
-    f = sample.compile_at(lambda x, y: x * y, 2, 5)
-    for n, sizes in ((1, [2]), (2, [2]), (3, [2, 2]), (5, [5]), (6, [2, 2, 2]), (9, [5, 5]), (10, [5, 5])):
-        met.clear()
-        x = torch.rand(n, 3, requires_grad=True)
-        y = f(x, x)
-        assert met == sizes and torch.equal(y, x * x)
-        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x)  # the copies that fill up weigh nothing
+@pytest.mark.parametrize("impossible", [dict(num_children=1), dict(first_step=3), dict(eta=0.0)])
+def test_impossible_rollouts_are_refused(pipe, impossible):
+    settings = {"num_steps": 3, "first_step": 1} | impossible
+    with pytest.raises(ValueError, match="pairs need num_children >= 2"):
+        collect_pairs(pipe, Brightness(), PROMPTS[:1], seeded(0), **settings)
 
 
-def test_decoding_a_megapixel_at_a_time_is_decoding(pipe):
-    seen, z = [], torch.randn(5, 4, 12, 12, generator=torch.Generator().manual_seed(0))
-    want = (pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample / 2 + .5).clamp(0, 1)
-    hook = pipe.vae.decoder.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(sample, "decode_size", lambda pipe: 2)
-        torch.testing.assert_close(sample.decode(pipe, z), want)
+def test_a_rollout_costs_130_unet_rows_a_prompt_and_ticks_every_step(pipe):
+    rows, ticks = [], []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    pairs = collect_pairs(
+        pipe, Brightness(), PROMPTS[:2], seeded(0), progress=lambda: ticks.append(1)
+    )
     hook.remove()
-    assert seen == [2, 2, 1] and sample.decode_size(pipe) == 16
+    assert sum(rows) == 2 * 130 and set(rows) == {2 * 2}  # one size alone: for --compile
+    assert len(ticks) == 20
+    assert pairs.size == 2 and pairs.scores.shape == (16, 2, 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs
+
+
+@pytest.mark.parametrize("full", (False, True), ids=("lora", "full"))
+@pytest.mark.parametrize("reduce", ("mean", "sum"))
+def test_log_ratios_are_those_of_two_separate_unets(pipe, full, reduce):
+    """In float64: Normals' log-probabilities by the policy's UNet and by a copy of its base."""
+    pairs = collect_pairs(pipe, Brightness(), PROMPTS[:2], seeded(0), 2, 1, 0.0, 4, eta=0.7)
+    for name, value in vars(pairs).items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            setattr(pairs, name, value.double())
+    reference = copy.deepcopy(pipe.unet).double()
+    policy = Policy(pipe.unet, full=full)
+    shake(policy, scale=0.02)
+    policy.unet.double()
+    if full:
+        policy.frozen = [tensor.double() for tensor in policy.frozen]
+    index = torch.tensor([4, 0, 3])
+    u = pairs.log_ratios(policy, index, reduce)
+
+    x_t, t, text = pairs.x_t[index], pairs.t[index], pairs.text[pairs.prompt[index]]
+
+    def log_probability(unet, child):
+        eps = predict_noise(unet, x_t, t, text, pairs.null, 5.0)
+        mean, std, _ = ddim_mean_std(eps, x_t, t, pairs.alphas_cumprod, 4, 0.7)
+        return getattr(Normal(mean, std).log_prob(child[index]).flatten(1), reduce)(1)
+
+    for ours, child in zip(u, (pairs.x_w, pairs.x_l)):
+        theirs = log_probability(policy.unet, child) - log_probability(reference, child)
+        assert ours.dtype == torch.float64 and ours.abs().max() > 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+        options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+        both = [torch.autograd.grad(x.sum(), policy.parameters, **options) for x in (ours, theirs)]
+        for a, b in zip(*both):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_joined_pairs_keep_their_own_prompts_and_scores(pipe):
+    first = collect_pairs(pipe, Brightness(), PROMPTS[:2], seeded(0), 2, 1, 0.0, 4)
+    second = collect_pairs(pipe, Brightness(), PROMPTS[2:], seeded(1), 2, 1, 0.0, 4)
+    texts = [part.text[part.prompt] for part in (first, second)]
+    scores = [first.scores, second.scores]
+    children = [first.x_w, second.x_w]
+    joined = join_pairs([first, second])
+    assert joined.size == 3
+    assert torch.equal(joined.text[joined.prompt], torch.cat(texts))
+    assert torch.equal(joined.x_w, torch.cat(children))
+    assert torch.equal(joined.scores, torch.cat(scores, 1))
+    assert joined.weight.tolist() == [1] * len(joined.t) == [1] * 9
+
+
+def test_pairs_move_whole(pipe):
+    pairs = collect_pairs(pipe, Brightness(), PROMPTS[:1], seeded(0), 2, 1, 0.0, 3)
+    moved = pairs.to("meta")
+    assert isinstance(moved, Pairs)
+    for name, value in vars(pairs).items():
+        if torch.is_tensor(value):
+            assert getattr(moved, name).is_meta and not value.is_meta
+        else:
+            assert getattr(moved, name) == value
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_paints_the_aligned_model_below_the_reference(command, micro, pipe, tmp_path):
+    policy = Policy(pipe.unet, rank=2)
+    shake(policy)
+    os.makedirs(tmp_path / "run")
+    policy.save(str(tmp_path / "run"))
+    argv = ["a red sun", "a moon", "--model", micro, "--lora", tmp_path / "run", "--seeds", 0, 5]
+    argv += ["--num_inference_steps", 3, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    code, _, err = command("sample.py", *argv)
+    assert code == 0, err
+    names = [f"{p:03d}_seed{seed}.png" for p in range(2) for seed in (0, 5)]
+    assert sorted(os.listdir(tmp_path / "out")) == [*names, "grid.png"]
+    (expected,) = generate(pipe, ["a moon"], [5], num_steps=3)  # with the LoRA
+    saved = torch.tensor(list(Image.open(tmp_path / "out/001_seed5.png").tobytes()))
+    difference = saved.view(48, 48, 3).permute(2, 0, 1) - expected * 255
+    assert difference.abs().max() <= 1
+    assert Image.open(tmp_path / "out/grid.png").size[1] > 4 * 128  # two rows of each prompt
+
+
+def test_the_command_reads_prompts_from_a_file_too(command, micro, tmp_path):
+    (tmp_path / "p.txt").write_text("a moon\n")
+    argv = ["a red sun", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--device", "cpu"]
+    argv += ["--num_inference_steps", 2, "--model", micro, "--output_dir", tmp_path / "out"]
+    code, out, err = command("sample.py", *argv)
+    assert code == 0, err
+    assert "2 images" in out
+    assert (tmp_path / "out/001_seed1.png").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "nothing to paint"),
+        (["a sun", "--lora", "nowhere"], "no LoRA"),
+        (["a sun", "--num_inference_steps", 0], "must lie in 1..500"),
+        (["a sun", "--batch_size", 0], "--batch_size >= 1"),
+        (["a sun", "--eta", "nan"], "--eta >= 0"),
+        (["a sun", "--seeds", "x"], "invalid int"),
+        (["a sun", "--prompts", "nowhere.txt"], "cannot read prompts"),
+    ],
+)
+def test_bad_input_is_one_line(command, micro, tmp_path, argv, words):
+    out = tmp_path / "out"
+    code, _, err = command("sample.py", *argv, "--model", micro, "--output_dir", out)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not out.exists()
