@@ -52,24 +52,24 @@ from parts.judges import JUDGES, load_judge
 from parts.model import load_pipeline, load_policy, policy_file
 from sample import generate, seed_of
 
-# name: title, which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
+# metric: title and which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
 TABLE2 = {
-    "clipscore": ("CLIPScore", "↑", 3.9, "0.352 ± 0.049"),
-    "vqascore": ("VQAScore", "↑", 22.9, "0.601 ± 0.243"),
-    "aesthetic": ("Aesthetic", "↑", 1.7, "5.648 ± 0.526"),
-    "imagereward": ("ImageReward", "↑", 1.8, "0.173 ± 1.011"),
-    "pickscore": ("PickScore", "↑", 3.9, "20.908 ± 1.228"),
-    "hps": ("HPS v2", "↑", 2.0, "26.933 ± 1.454"),
+    "clipscore": ("CLIPScore ↑", 3.9, "0.352 ± 0.049"),
+    "vqascore": ("VQAScore ↑", 22.9, "0.601 ± 0.243"),
+    "aesthetic": ("Aesthetic ↑", 1.7, "5.648 ± 0.526"),
+    "imagereward": ("ImageReward ↑", 1.8, "0.173 ± 1.011"),
+    "pickscore": ("PickScore ↑", 3.9, "20.908 ± 1.228"),
+    "hps": ("HPS v2 ↑", 2.0, "26.933 ± 1.454"),
 }
 TABLE3 = {
-    "clip_i": ("CLIPScore image-image", "↓", 3.9, "0.7994 ± 0.0842"),
-    "entropy_1d": ("Entropy 1D", "↑", 0, "7.2547 ± 0.6230"),
-    "entropy_2d": ("Entropy 2D", "↑", 0, "14.0615 ± 1.3478"),
-    "lpips": ("LPIPS", "↑", 0.24, "0.6306 ± 0.0707"),
-    "rmse": ("RMSE", "↑", 0, "0.0202 ± 0.0043"),
-    "psnr": ("PSNR", "↓", 0, "34.0374 ± 1.8413"),
-    "ssim": ("SSIM", "↓", 0, "0.7344 ± 0.0858"),
-    "fsim": ("FSIM", "↓", 0, "0.2942 ± 0.0307"),
+    "clip_i": ("CLIPScore image-image ↓", 3.9, "0.7994 ± 0.0842"),
+    "entropy_1d": ("Entropy 1D ↑", 0, "7.2547 ± 0.6230"),
+    "entropy_2d": ("Entropy 2D ↑", 0, "14.0615 ± 1.3478"),
+    "lpips": ("LPIPS ↑", 0.24, "0.6306 ± 0.0707"),
+    "rmse": ("RMSE ↑", 0, "0.0202 ± 0.0043"),
+    "psnr": ("PSNR ↓", 0, "34.0374 ± 1.8413"),
+    "ssim": ("SSIM ↓", 0, "0.7344 ± 0.0858"),
+    "fsim": ("FSIM ↓", 0, "0.2942 ± 0.0307"),
 }
 # flag: (default, its range, what it is)
 FLAGS = {
@@ -88,9 +88,7 @@ FLAGS = {
 
 
 @dataclass
-class Row:
-    """A line of the tables."""
-
+class Row:  # a line of the tables
     source: str  # what the user named: a run, a LoRA file, a model or a folder of images
     model: str  # that paints, a folder or a hub id: the source itself, if it is the original
     run: dict  # config.json of a run of train.py
@@ -107,9 +105,8 @@ def main():
     start, args = time.time(), parse_args()
     rows = find_rows(args)
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
-    for row in rows:
-        if not row.model:  # before anything is painted
-            find_images(row, prompts, args)
+    for row in [row for row in rows if not row.model]:
+        find_images(row, prompts, args)  # before anything is painted
     for row in rows:
         make_folder(f"{row.folder}/scores")
         if row.model:
@@ -157,7 +154,7 @@ def find_rows(args):
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
     source = find_model(target)
-    is_path = os.path.exists(source) or source.startswith((".", "/", "~", "out/"))
+    is_path = os.path.exists(source) or source.startswith((".", "/", "out/"))
     is_hub_id = source.count("/") == 1 and not is_path
     if is_hub_id or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
@@ -178,7 +175,7 @@ def choose_metrics(args, rows):
     """Names. For a model whose train.json names a judge: that, and what needs no weights."""
     own = weights.read_train_json(rows[0].source).get("judge")
     judges = args.judges or ([own] if own else TABLE2)
-    metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][2]]
+    metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][1]]
     return [name for name in (*judges, *metrics) if name != "none"]
 
 
@@ -220,8 +217,8 @@ def find_images(row, prompts, args):
     count = len(prompts) or max(found, default=0) + 1
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
-    K = args.images_per_prompt or max(map(len, found.values()), default=1)
-    args.images_per_prompt = K  # where nobody says how many, the first folder does
+    # where nobody says how many, the first folder does
+    K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
     row.files = {}
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
@@ -291,7 +288,7 @@ def digest(paths, more):
 
 def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
-    needs_weights = name not in TABLE3 or TABLE3[name][2]
+    needs_weights = name not in TABLE3 or TABLE3[name][1]
     place = f", weights {args.weights if needs_weights else ''!r}"
     metric, least = None, diversity.LEAST.get(name, 1)
     for row in rows:
@@ -299,15 +296,16 @@ def score(rows, name, prompts, args):
             continue
         metric = metric or load_metric(name, prompts, args)
         lines = []
-        bar = progress_bar(iterable=row.files, unit="image", desc=f"{name} of {row.label}")
-        for p, keys in itertools.groupby(bar, lambda key: key[0]):
-            arrays = {k: read_image(row.files[p, k]) for _, k in keys}  # (H, W, 3)
-            sizes = {array.shape[:2] for array in arrays.values()}
-            if len(sizes) > 1 or min(min(sizes)) < least:
-                raise UserError(f"{name} needs images of one size, from {least} pixels: prompt {p}")
-            images = {k: torch.from_numpy(x).to(args.device) for k, x in arrays.items()}
-            for line in measure(name, metric, p, images, prompts):
-                lines.append({"prompt_index": p, **line})
+        with progress_bar(iterable=row.files, desc=f"{name} of {row.label}") as bar:
+            for p, keys in itertools.groupby(bar, lambda key: key[0]):
+                images = {}  # of one prompt: k -> uint8 (H, W, 3)
+                for _, k in keys:
+                    images[k] = torch.as_tensor(read_image(row.files[p, k]), device=args.device)
+                sizes = {image.shape[:2] for image in images.values()}
+                if len(sizes) > 1 or min(min(sizes)) < least:
+                    raise UserError(f"{row.label}: {name} needs one size, from {least} pixels: {p}")
+                for line in measure(name, metric, p, images, prompts):
+                    lines.append({"prompt_index": p, **line})
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
         write_csv(f"{row.folder}/scores/{name}.csv", lines, f"{row.stamp}{place}\n")
@@ -322,11 +320,10 @@ def read_scores(row, name, place=""):
 
 def write_csv(path, lines, first_line=""):
     text = io.StringIO()
-    text.write(first_line)
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_file(path, text.getvalue())
+    write_file(path, first_line + text.getvalue())
 
 
 def load_metric(name, prompts, args):
@@ -353,10 +350,8 @@ def measure(name, metric, p, images, prompts):
     ready = {k: prepare(image) for k, image in images.items()}
     if compare is None:
         return [{"image": k, name: value} for k, value in ready.items()]
-    lines = []
-    for i, j in itertools.combinations(ready, 2):
-        lines.append({"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))})
-    return lines
+    twos = itertools.combinations(ready, 2)
+    return [{"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))} for i, j in twos]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,17 +360,19 @@ def measure(name, metric, p, images, prompts):
 
 def write_tables(rows, output_dir, not_run):
     """table2.md, table3.md, summary.csv and tradeoff.png, of all score files that fit."""
-    table2, summaries = dict(TABLE2), []
+    own, summaries = {}, []
     for row in rows:
         row.scores = {}
         for path in sorted(Path(row.folder).glob("scores/*.csv")):
             lines = read_scores(row, path.stem)
-            for figure in lines[0] if lines else ():
-                if figure not in ("prompt_index", "image", "image_1", "image_2"):
-                    row.scores[figure] = summarise(lines, figure)
-                    summaries.append({"model": row.label, "metric": figure, **row.scores[figure]})
-                    if figure not in TABLE3:  # perhaps a judge of your own
-                        table2.setdefault(figure, (figure, "↑", 0, "-"))
+            for name in lines[0] if lines else ():
+                if name in ("prompt_index", "image", "image_1", "image_2"):
+                    continue
+                row.scores[name] = summarise(lines, name)
+                summaries.append({"model": row.label, "metric": name, **row.scores[name]})
+                if name not in TABLE2 | TABLE3:  # a judge of a fork, or what it reports
+                    own[name] = (f"{name} ↑", 0, "-")
+    table2 = own | TABLE2
     for number, flag, columns in ((2, "--judges", table2), (3, "--metrics", TABLE3)):
         table = make_table(columns, rows, flag, not_run)
         write_file(f"{output_dir}/table{number}.md", table)
@@ -405,19 +402,19 @@ def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
     grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
     notes = [f"{row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
-    for name, (title, arrow, size, paper) in columns.items():
+    for name, (title, size, paper) in columns.items():
         found = [row.scores[name] for row in rows if name in row.scores]
         means = [summary["mean"] for summary in found if summary["prompts"]]
-        best = {"↑": max, "↓": min}[arrow](means, default=None)
-        cells = [f"{title} {arrow}"]
+        better = max if title.endswith("↑") else min
+        best = better(means) if len(means) > 1 else None
+        cells = [title]
         for row in rows:
             if name not in row.scores:
                 cells.append("not run")
                 continue
             mean, sd, se, _, left_out = row.scores[name].values()
             cell = f"{mean:#.4g} ± {sd:#.2g}"
-            if len(means) > 1 and mean == best:
-                cell = f"**{cell}**"
+            cell = f"**{cell}**" if mean == best else cell
             cells.append(f"{cell} ({se:#.2g})")
             if left_out:
                 notes.append(f"{name} of {row.label}: {left_out} values nan or inf, left out")
@@ -441,13 +438,12 @@ def draw_tradeoff(path, columns, rows):
     across = "lpips" if "lpips" in complete else "rmse"
     if across not in complete or not judges:
         return
-    figure = Figure(figsize=(4.6 * len(judges), 3.8), layout="constrained")
+    figure = Figure((4.6 * len(judges), 3.8), layout="constrained")
     for judge, axes in zip(judges, figure.subplots(1, len(judges), squeeze=False)[0]):
         axes.set(xlabel=f"{TABLE3[across][0]} (diversity)", ylabel=columns[judge][0])
         for row in rows:
             x, y = row.scores[across], row.scores[judge]
-            point = x["mean"], y["mean"], y["se"], x["se"]
-            axes.errorbar(*point, fmt="o", capsize=3, label=row.label)
+            axes.errorbar(x["mean"], y["mean"], y["se"], x["se"], fmt="o", label=row.label)
     figure.axes[0].legend()
     save_figure(figure, path)
 
