@@ -13,9 +13,9 @@ The protocol, as far as the paper states it:
 4. A cell is the mean over the prompts ± their standard deviation (and the mean's standard error).
 
 --output_dir gets table2.md, table3.md, summary.csv, tradeoff.png, and for each model images/ and
-scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed. So a
+scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed: a
 call that was killed goes on, and several may share the folder, one judge a GPU. (The code of a
-judge is not looked at: when you change yours, delete its CSV.)
+judge is not looked at: delete its CSV when you change yours.)
 """
 
 import csv
@@ -23,12 +23,9 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import time
-from collections import defaultdict
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -55,24 +52,24 @@ from parts.judges import JUDGES, load_judge
 from parts.model import load_pipeline, load_policy, policy_file
 from sample import generate, seed_of
 
-# name: title, which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
+# metric: title and which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
 TABLE2 = {
-    "clipscore": ("CLIPScore", "↑", 3.9, "0.352 ± 0.049"),
-    "vqascore": ("VQAScore", "↑", 22.9, "0.601 ± 0.243"),
-    "aesthetic": ("Aesthetic", "↑", 1.7, "5.648 ± 0.526"),
-    "imagereward": ("ImageReward", "↑", 1.8, "0.173 ± 1.011"),
-    "pickscore": ("PickScore", "↑", 3.9, "20.908 ± 1.228"),
-    "hps": ("HPS v2", "↑", 2.0, "26.933 ± 1.454"),
+    "clipscore": ("CLIPScore ↑", 3.9, "0.352 ± 0.049"),
+    "vqascore": ("VQAScore ↑", 22.9, "0.601 ± 0.243"),
+    "aesthetic": ("Aesthetic ↑", 1.7, "5.648 ± 0.526"),
+    "imagereward": ("ImageReward ↑", 1.8, "0.173 ± 1.011"),
+    "pickscore": ("PickScore ↑", 3.9, "20.908 ± 1.228"),
+    "hps": ("HPS v2 ↑", 2.0, "26.933 ± 1.454"),
 }
 TABLE3 = {
-    "clip_i": ("CLIPScore image-image", "↓", 3.9, "0.7994 ± 0.0842"),
-    "entropy_1d": ("Entropy 1D", "↑", 0, "7.2547 ± 0.6230"),
-    "entropy_2d": ("Entropy 2D", "↑", 0, "14.0615 ± 1.3478"),
-    "lpips": ("LPIPS", "↑", 0.24, "0.6306 ± 0.0707"),
-    "rmse": ("RMSE", "↑", 0, "0.0202 ± 0.0043"),
-    "psnr": ("PSNR", "↓", 0, "34.0374 ± 1.8413"),
-    "ssim": ("SSIM", "↓", 0, "0.7344 ± 0.0858"),
-    "fsim": ("FSIM", "↓", 0, "0.2942 ± 0.0307"),
+    "clip_i": ("CLIPScore image-image ↓", 3.9, "0.7994 ± 0.0842"),
+    "entropy_1d": ("Entropy 1D ↑", 0, "7.2547 ± 0.6230"),
+    "entropy_2d": ("Entropy 2D ↑", 0, "14.0615 ± 1.3478"),
+    "lpips": ("LPIPS ↑", 0.24, "0.6306 ± 0.0707"),
+    "rmse": ("RMSE ↑", 0, "0.0202 ± 0.0043"),
+    "psnr": ("PSNR ↓", 0, "34.0374 ± 1.8413"),
+    "ssim": ("SSIM ↓", 0, "0.7344 ± 0.0858"),
+    "fsim": ("FSIM ↓", 0, "0.2942 ± 0.0307"),
 }
 # flag: (default, its range, what it is)
 FLAGS = {
@@ -91,9 +88,7 @@ FLAGS = {
 
 
 @dataclass
-class Row:
-    """A line of the tables."""
-
+class Row:  # a line of the tables
     source: str  # what the user named: a run, a LoRA file, a model or a folder of images
     model: str  # that paints, a folder or a hub id: the source itself, if it is the original
     run: dict  # config.json of a run of train.py
@@ -109,32 +104,24 @@ class Row:
 def main():
     start, args = time.time(), parse_args()
     rows = find_rows(args)
-    judges, metrics = choose_metrics(args, rows)
-    prompts = choose_prompts(args, rows)
-    for row in rows:
-        if not row.model:  # before anything is painted
-            find_images(row, prompts, args)
+    metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
+    for row in [row for row in rows if not row.model]:
+        find_images(row, prompts, args)  # before anything is painted
     for row in rows:
         make_folder(f"{row.folder}/scores")
         if row.model:
             paint(row, prompts, choose_sampler(args, rows), args)
         row.stamp = f"# images {digest(row.files.values(), [*row.files, prompts])}"
     not_run = {}  # metric -> why
-    for name in judges + metrics:
+    for name in metrics:
         try:
             score(rows, name, prompts, args)
-        except UserError as error:  # such as weights that are not here: its cells will say so
-            not_run[name] = str(error)
+        except UserError as error:  # such as weights that are not here
+            if name in args.judges + args.metrics:
+                raise
+            not_run[name] = str(error)  # its cells will say so
     write_tables(rows, args.output_dir, not_run)
-    peak = peak_gb(args.device) or math.nan
-    print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")
-    for name in args.judges + args.metrics:
-        if name in not_run:
-            raise UserError(f"{name} was asked for, but not run: {not_run[name]}")
-
-
-# --------------------------------------------------------------------------------------------------
-# What is asked for
+    print(f"{time.time() - start:.0f} s, peak memory {peak_gb(args.device) or np.nan:.2f} GB")
 
 
 def parse_args():
@@ -167,7 +154,7 @@ def find_rows(args):
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
     source = find_model(target)
-    is_path = os.path.exists(source) or source.startswith((".", "/", "~", "out/"))
+    is_path = os.path.exists(source) or source.startswith((".", "/", "out/"))
     is_hub_id = source.count("/") == 1 and not is_path
     if is_hub_id or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
@@ -185,11 +172,11 @@ def find_model(model):
 
 
 def choose_metrics(args, rows):
-    """(judges, metrics). For a model whose train.json names a judge: those without weights."""
+    """Names. For a model whose train.json names a judge: that, and what needs no weights."""
     own = weights.read_train_json(rows[0].source).get("judge")
     judges = args.judges or ([own] if own else TABLE2)
-    metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][2]]
-    return [[name for name in names if name != "none"] for names in (judges, metrics)]
+    metrics = args.metrics or [name for name in TABLE3 if not own or not TABLE3[name][1]]
+    return [name for name in (*judges, *metrics) if name != "none"]
 
 
 def choose_prompts(args, rows):
@@ -224,10 +211,6 @@ def choose_sampler(args, rows):
     return {name: getattr(args, name) or run[name] for name in sampler}
 
 
-# --------------------------------------------------------------------------------------------------
-# Images
-
-
 def find_images(row, prompts, args):
     """Sets row.files to the first K images of every prompt, having read them all."""
     found, bad = list_images(row.images)
@@ -235,13 +218,12 @@ def find_images(row, prompts, args):
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
     # where nobody says how many, the first folder does
-    args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
+    K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
     row.files = {}
     for p in range(count):
-        images = sorted(found.get(p, {}).items())[: args.images_per_prompt]
-        if len(images) < args.images_per_prompt:
-            why = f"{row.images} has {len(images)} images P_K.png, P/K.png or P.png of prompt {p}"
-            raise UserError(f"{why}, not {args.images_per_prompt}: --images_per_prompt")
+        images = sorted(found.get(p, {}).items())[:K]
+        if len(images) < K:
+            raise UserError(f"{row.images} has {len(images)} images {p}_K.png, not {K}")
         for k, path in images:
             try:
                 read_image(path)
@@ -250,8 +232,7 @@ def find_images(row, prompts, args):
                 bad.append(path)
     row.bad_files = len(bad)
     if bad and not args.skip_bad:
-        why = f"{row.images}: {len(bad)} files are not whole images P_K.png, such as {bad[0]}"
-        raise UserError(f"{why}: mend them, or --skip_bad")
+        raise UserError(f"{len(bad)} files are no whole images P_K.png (--skip_bad), as {bad[0]}")
 
 
 def paint(row, prompts, sampler, args):
@@ -269,12 +250,12 @@ def paint(row, prompts, sampler, args):
     if row.source != row.model:
         load_policy(pipe.unet, row.source)
     with progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
-        options = dict(batch_size=args.batch_size, progress=bar.update)
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(p, k) for p, k in batch]
-            images = generate(pipe, captions, seeds, *sampler.values(), **options)
+            sampling = *sampler.values(), 0.0, args.batch_size, bar.update  # eta 0
+            images = generate(pipe, captions, seeds, *sampling)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
@@ -290,8 +271,7 @@ def check_settings(row, prompts, sampler):
     painted = json.loads(path.read_text())
     other = [name for name in settings if painted[name] != settings[name]]
     if other:
-        why = f"{row.images} was painted with other {', '.join(other)}"
-        raise UserError(f"{why}: give another --output_dir, or delete {row.folder}")
+        raise UserError(f"{row.images} has images of other {', '.join(other)}: delete {row.folder}")
 
 
 def digest(paths, more):
@@ -308,7 +288,7 @@ def digest(paths, more):
 
 def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
-    needs_weights = name not in TABLE3 or TABLE3[name][2]
+    needs_weights = name not in TABLE3 or TABLE3[name][1]
     place = f", weights {args.weights if needs_weights else ''!r}"
     metric, least = None, diversity.LEAST.get(name, 1)
     for row in rows:
@@ -316,16 +296,16 @@ def score(rows, name, prompts, args):
             continue
         metric = metric or load_metric(name, prompts, args)
         lines = []
-        bar = progress_bar(iterable=row.files, unit="image", desc=f"{name} of {row.label}")
-        for p, keys in itertools.groupby(bar, itemgetter(0)):
-            arrays = {k: read_image(row.files[p, k]) for _, k in keys}  # (H, W, 3)
-            sizes = {array.shape[:2] for array in arrays.values()}
-            if len(sizes) > 1 or min(min(sizes)) < least:
-                why = f"{name} needs images of one size, at least {least} pixels each way"
-                raise UserError(f"{why}: see prompt {p} of {row.label}")
-            images = {k: torch.from_numpy(x).to(args.device) for k, x in arrays.items()}
-            for line in measure(name, metric, p, images, prompts):
-                lines.append({"prompt_index": p, **line})
+        with progress_bar(iterable=row.files, desc=f"{name} of {row.label}") as bar:
+            for p, keys in itertools.groupby(bar, lambda key: key[0]):
+                images = {}  # of one prompt: k -> uint8 (H, W, 3)
+                for _, k in keys:
+                    images[k] = torch.as_tensor(read_image(row.files[p, k]), device=args.device)
+                sizes = {image.shape[:2] for image in images.values()}
+                if len(sizes) > 1 or min(min(sizes)) < least:
+                    raise UserError(f"{row.label}: {name} needs one size, from {least} pixels: {p}")
+                for line in measure(name, metric, p, images, prompts):
+                    lines.append({"prompt_index": p, **line})
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
         write_csv(f"{row.folder}/scores/{name}.csv", lines, f"{row.stamp}{place}\n")
@@ -339,13 +319,11 @@ def read_scores(row, name, place=""):
 
 
 def write_csv(path, lines, first_line=""):
-    """lines: [{column: value}]."""
     text = io.StringIO()
-    text.write(first_line)
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_file(path, text.getvalue())
+    write_file(path, first_line + text.getvalue())
 
 
 def load_metric(name, prompts, args):
@@ -372,10 +350,8 @@ def measure(name, metric, p, images, prompts):
     ready = {k: prepare(image) for k, image in images.items()}
     if compare is None:
         return [{"image": k, name: value} for k, value in ready.items()]
-    lines = []
-    for i, j in itertools.combinations(ready, 2):
-        lines.append({"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))})
-    return lines
+    twos = itertools.combinations(ready, 2)
+    return [{"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))} for i, j in twos]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,19 +360,21 @@ def measure(name, metric, p, images, prompts):
 
 def write_tables(rows, output_dir, not_run):
     """table2.md, table3.md, summary.csv and tradeoff.png, of all score files that fit."""
-    table2, summaries = dict(TABLE2), []
+    own, summaries = {}, []
     for row in rows:
         row.scores = {}
         for path in sorted(Path(row.folder).glob("scores/*.csv")):
             lines = read_scores(row, path.stem)
-            for figure in lines[0] if lines else ():
-                if figure not in ("prompt_index", "image", "image_1", "image_2"):
-                    row.scores[figure] = summarise(lines, figure)
-                    summaries.append({"model": row.label, "metric": figure, **row.scores[figure]})
-                    if figure not in TABLE3:  # perhaps a judge of your own
-                        table2.setdefault(figure, (figure, "↑", 0, "-"))
-    for number, columns in ((2, table2), (3, TABLE3)):
-        table = make_table(columns, rows, not_run)
+            for name in lines[0] if lines else ():
+                if name in ("prompt_index", "image", "image_1", "image_2"):
+                    continue
+                row.scores[name] = summarise(lines, name)
+                summaries.append({"model": row.label, "metric": name, **row.scores[name]})
+                if name not in TABLE2 | TABLE3:  # a judge of a fork, or what it reports
+                    own[name] = (f"{name} ↑", 0, "-")
+    table2 = own | TABLE2
+    for number, flag, columns in ((2, "--judges", table2), (3, "--metrics", TABLE3)):
+        table = make_table(columns, rows, flag, not_run)
         write_file(f"{output_dir}/table{number}.md", table)
         print(f"\n### Table {number}\n\n{table}")
     if summaries:
@@ -405,46 +383,42 @@ def write_tables(rows, output_dir, not_run):
 
 
 def summarise(lines, figure):
-    """{mean, sd, se, prompts, left_out} over the prompts.
-
-    Values that are not finite (FSIM of a black image, PSNR of identical ones) are left out.
-    """
-    by_prompt, left_out = defaultdict(list), 0
+    """{mean, sd, se, prompts, left_out}: statistics over the prompts' means."""
+    by_prompt, left_out = {}, 0
     for line in lines:
         value = float(line[figure])
-        if math.isfinite(value):
-            by_prompt[line["prompt_index"]].append(value)
-        else:
+        if np.isfinite(value):
+            by_prompt.setdefault(line["prompt_index"], []).append(value)
+        else:  # FSIM of a black image, PSNR of identical ones
             left_out += 1
     means = [np.mean(values) for values in by_prompt.values()]
     count = len(means)
-    mean = np.mean(means) if means else math.nan
-    sd = np.std(means, ddof=1) if count > 1 else math.nan
-    return dict(mean=mean, sd=sd, se=sd / math.sqrt(count or 1), prompts=count, left_out=left_out)
+    mean = np.mean(means) if means else np.nan
+    sd = np.std(means, ddof=1) if count > 1 else np.nan
+    return dict(mean=mean, sd=sd, se=sd / np.sqrt(count), prompts=count, left_out=left_out)
 
 
-def make_table(columns, rows, not_run):
+def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
     grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
     notes = [f"{row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
-    for name, (title, arrow, size, paper) in columns.items():
+    for name, (title, size, paper) in columns.items():
         found = [row.scores[name] for row in rows if name in row.scores]
         means = [summary["mean"] for summary in found if summary["prompts"]]
-        best = {"↑": max, "↓": min}[arrow](means, default=None)
-        cells = [f"{title} {arrow}"]
+        better = max if title.endswith("↑") else min
+        best = better(means) if len(means) > 1 else None
+        cells = [title]
         for row in rows:
             if name not in row.scores:
                 cells.append("not run")
                 continue
             mean, sd, se, _, left_out = row.scores[name].values()
             cell = f"{mean:#.4g} ± {sd:#.2g}"
-            if len(means) > 1 and mean == best:
-                cell = f"**{cell}**"
+            cell = f"**{cell}**" if mean == best else cell
             cells.append(f"{cell} ({se:#.2g})")
             if left_out:
                 notes.append(f"{name} of {row.label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):
-            flag = "--metrics" if name in TABLE3 else "--judges"
             default = f"not asked for: {flag} {name}, {size} GB of weights"
             notes.append(f"{name}: {not_run.get(name, default)}")
         grid.append([*cells, paper])
@@ -464,13 +438,12 @@ def draw_tradeoff(path, columns, rows):
     across = "lpips" if "lpips" in complete else "rmse"
     if across not in complete or not judges:
         return
-    figure = Figure(figsize=(4.6 * len(judges), 3.8), layout="constrained")
+    figure = Figure((4.6 * len(judges), 3.8), layout="constrained")
     for judge, axes in zip(judges, figure.subplots(1, len(judges), squeeze=False)[0]):
         axes.set(xlabel=f"{TABLE3[across][0]} (diversity)", ylabel=columns[judge][0])
         for row in rows:
             x, y = row.scores[across], row.scores[judge]
-            point = x["mean"], y["mean"], y["se"], x["se"]
-            axes.errorbar(*point, fmt="o", capsize=3, label=row.label)
+            axes.errorbar(x["mean"], y["mean"], y["se"], x["se"], fmt="o", label=row.label)
     figure.axes[0].legend()
     save_figure(figure, path)
 

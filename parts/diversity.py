@@ -27,19 +27,22 @@ EPS = 1e-4  # phasepack's
 
 
 def load_metric(name, device="cpu", weights=None):
-    """(prepare, compare) of a metric of Table 3: what is computed once an image, and once two
-    prepared images; compare None if the metric is of one image."""
+    """(prepare, compare): what is computed once an image, and of two prepared images.
+
+    compare is None if the metric is of one image.
+    """
     if name == "lpips":
         net = LPIPS(device, weights)
         return net.features, net.distance
     if name == "clip_i":
         judge = load_judge("clipscore", device, weights)
         return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
-    if name == "fsim":
-        return fsim_maps, fsim_of_maps
-    if name in ("entropy_1d", "entropy_2d"):
-        return globals()[name], None
-    return tensor, dict(rmse=rmse, psnr=psnr, ssim=ssim)[name]
+    of_one = {"entropy_1d": entropy_1d, "entropy_2d": entropy_2d}
+    if name in of_one:
+        return of_one[name], None
+    of_two = {"rmse": (tensor, rmse), "psnr": (tensor, psnr), "ssim": (tensor, ssim)}
+    of_two["fsim"] = fsim_maps, fsim_of_maps
+    return of_two[name]
 
 
 # --------------------------------------------------------------------------------------------------

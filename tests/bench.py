@@ -114,6 +114,11 @@ def load(model, device, dtype=torch.float32):
     return load_pipeline(model, device, dtype)
 
 
+def working_dtype(device):
+    """train.py's default for frozen weights."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
 def some_prompts(count):
     return read_prompts(find_prompts(TOY))[:count]
 
@@ -174,7 +179,7 @@ def bench_step(opts):
     print(f"| {THEIRS} | 8 | {medians[THEIRS]:.3f} | 2 |")
     print(f"| {OURS} | 4 | {medians[OURS]:.3f} | 1 |")
     ratio = ratio_text(seconds[THEIRS], seconds[OURS])
-    print(f"\nours is faster by {ratio}; the LoRA's gradients differ by {difference:.1e}")
+    print(f"\nours is {ratio} times faster; the LoRA's gradients differ by {difference:.1e}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ class Way:
         on_cuda, theirs = opts.device.startswith("cuda"), name == THEIRS
         before = allocated_gb(opts.device)
         torch.manual_seed(0)
-        self.pipe = load(opts.model, opts.device, torch.bfloat16 if on_cuda else torch.float32)
+        self.pipe = load(opts.model, opts.device, working_dtype(opts.device))
         self.reference = copy.deepcopy(self.pipe.unet) if theirs else None
         if on_cuda and not theirs:
             for part in (self.pipe.unet, self.pipe.vae):
@@ -322,7 +327,7 @@ def print_loop(seconds, peaks, tflop, peak_rate):
 
 def bench_preview(opts):
     """Both decode the same children: the rollout goes on with a random child whatever is judged."""
-    pipe = load(opts.model, opts.device)
+    pipe = load(opts.model, opts.device, working_dtype(opts.device))
     preview = load_preview(opts.preview, pipe)
     where, _ = resolve_model(opts.model)
     judge_name = opts.judge or read_train_json(where).get("judge", "step_aware")
@@ -334,7 +339,7 @@ def bench_preview(opts):
         generator = torch.Generator().manual_seed(seed)
         with mock.patch.object(sample, "decode", clock.timed("decode", sample.decode)):
             pairs = collect_pairs(pipe, judge, prompts, generator, preview=decoder)
-        return pairs.scores, clock.seconds["decode"]
+        return pairs.scores.cpu(), clock.seconds["decode"]
 
     decoders = {"VAE": None, "preview": preview}
     ways = {name: functools.partial(run, decoder) for name, decoder in decoders.items()}
@@ -415,10 +420,8 @@ def bench_fsim(rounds, count=4, size=512):
     if not worst < 1e-9:
         raise UserError(f"the values differ by {worst:.1e}: no time is worth printing")
     package, own = (np.median(seconds[name]) / len(pairs) for name in ways)
-    print(
-        f"FSIM, {count} images of {size} x {size}, {device_name('cpu')}, {rounds} rounds: ", end=""
-    )
-    print(f"package {package:.2f} s a pair, ours {own:.2f} s a pair")
+    print(f"FSIM, {device_name('cpu')}, {count} images of {size} x {size}, {rounds} rounds")
+    print(f"the package {package:.2f} s a pair, ours {own:.2f} s a pair")
     ratio = ratio_text(seconds["ours"], seconds["package"])
     print(f"ours takes {ratio} of the package's time; the values differ by {worst:.0e} at most")
 
@@ -428,7 +431,7 @@ def bench_fsim(rounds, count=4, size=512):
 
 
 def summarise(folder):
-    """Medians over the optimiser steps and the rollouts, from the run's own log."""
+    """Medians over the optimiser steps and the rollouts of a run (not of --pairs), from its log."""
     steps, rollouts = read_log(folder, "step"), read_log(folder, "rollout")
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)

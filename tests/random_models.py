@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from parts.judges_clip import CLIP_H, StepAware, add_time
 from parts.model import Policy
-from parts.weights import TOY
+from parts.weights import TOY, silence_libraries
 
 # of the judge where its published size would be too slow: same code, 0.6 M parameters
 SMALL_TOWER = dict(
@@ -26,6 +26,7 @@ SMALL_JUDGE = dict(
 
 def sd15(device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline of SD1.5's published size: 860 M, 84 M and 123 M parameters."""
+    silence_libraries()
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
     from diffusers.utils import logging

@@ -239,10 +239,11 @@ def test_step_aware_is_its_formula(tiny_judges):
 
 def test_step_aware_score(tiny_judges):
     """exp(logit_scale) * cosine, and t None is 0. Images come as the VAE leaves them."""
-    judge, x = load_judge("step_aware", "cpu", tiny_judges), 1.4 * images(3, 3, 40, 60) - 0.2
+    judge, x = load_judge("step_aware", "cpu", tiny_judges), 1.4 * images(3, 3, 40, 61) - 0.2
     text, t = judge.encode(PROMPTS), torch.tensor([951, 501, 1])
-    # SPO's order: the VAE's own output in [-1, 1] and beyond is resized first and clamped last
-    resized = F.interpolate(2 * x - 1, size=(28, 42), mode="bicubic")[..., 7:35]
+    # SPO's order: the VAE's own output in [-1, 1] and beyond is resized first and clamped last;
+    # 61 * 28 / 40 = 42.7 is rounded to 43, and 7.5 pixels of margin to 8
+    resized = F.interpolate(2 * x - 1, size=(28, 43), mode="bicubic")[..., 8:36]
     pixels = ((resized / 2 + 0.5).clamp(0, 1) - MEAN) / STD
     state = torch.load(f"{tiny_judges}/{STEP_AWARE}", weights_only=True)
     features = step_aware_by_hand(state, TINY_VISION, pixels, t).float()
@@ -256,9 +257,9 @@ def test_step_aware_clamps_after_it_has_resized(tiny_judges):
     assert JUDGES["step_aware"].unclamped and not any(
         JUDGES[name].unclamped for name in WITH_WEIGHTS if name != "step_aware"
     )
-    judge, x = load_judge("step_aware", "cpu", tiny_judges), 1.4 * images(3, 3, 40, 60) - 0.2
-    resized = F.interpolate(x, size=(28, 42), mode="bicubic")[..., 7:35]
-    first = F.interpolate(x.clamp(0, 1), size=(28, 42), mode="bicubic")[..., 7:35].clamp(0, 1)
+    judge, x = load_judge("step_aware", "cpu", tiny_judges), 1.4 * images(3, 3, 40, 61) - 0.2
+    resized = F.interpolate(x, size=(28, 43), mode="bicubic")[..., 8:36]
+    first = F.interpolate(x.clamp(0, 1), size=(28, 43), mode="bicubic")[..., 8:36].clamp(0, 1)
     torch.testing.assert_close(judge.shrink(x), (resized.clamp(0, 1) - MEAN) / STD)
     assert (judge.shrink(x) - (first - MEAN) / STD).abs().max() > 0.1
 
@@ -354,8 +355,6 @@ def test_hps_full_size_names_and_shapes():
     state = expand(want["full_keys"])
     assert len(state) == want["full_key_count"] == 686
     assert_fits(vit_h(), judges_clip.from_open_clip(state))
-    assert vit_h().config.vision_config.hidden_act == "gelu"
-    assert vit_h().config.text_config.hidden_act == "gelu"
 
 
 def test_imagereward_is_the_packages(tiny_judges):
@@ -490,6 +489,33 @@ def test_vqascore_full_size_names_and_shapes():
         assert_fits(T5ForConditionalGeneration(config), t5)
         assert_fits(CLIPVisionModel(CLIPVisionConfig(**judges.VQAScore.CONFIG)), vision)
         assert_fits(judges_language.two_layers(1024, 4096), projector)
+
+
+# What no shape tells, as the published configurations say it: (heads, activation, epsilon)
+UNSEEN = {
+    "CLIP ViT-H-14, text": (16, "gelu", 1e-5),
+    "CLIP ViT-H-14, vision": (16, "gelu", 1e-5),
+    "ImageReward, text": (12, "gelu", 1e-12),
+    "ImageReward, vision": (16, "gelu", 1e-6),
+    "VQAScore, vision": (16, "quick_gelu", 1e-5),
+}
+
+
+def test_what_no_shape_tells():
+    from transformers import BlipTextConfig, BlipVisionConfig, CLIPVisionConfig
+
+    configs = {
+        "CLIP ViT-H-14, text": vit_h().config.text_config,
+        "CLIP ViT-H-14, vision": vit_h().config.vision_config,
+        "ImageReward, text": BlipTextConfig(**judges.ImageReward.CONFIG["text"]),
+        "ImageReward, vision": BlipVisionConfig(**judges.ImageReward.CONFIG["vision"]),
+        "VQAScore, vision": CLIPVisionConfig(**judges.VQAScore.CONFIG),
+    }
+    for name, config in configs.items():
+        got = config.num_attention_heads, config.hidden_act, config.layer_norm_eps
+        assert got == UNSEEN[name], name
+    for name in ("hps", "step_aware"):
+        assert JUDGES[name].CONFIG is judges_clip.VIT_H
 
 
 # --------------------------------------------------------------------------------------------------
