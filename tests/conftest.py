@@ -52,6 +52,33 @@ def shake(policy, seed=0, scale=0.1):
         parameter.data += (scale * noise).to(parameter)
 
 
+def draw(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def question(pipe):
+    """(x_t, t, text, null) of two images for predict_noise, in the text's dtype."""
+    from parts.model import encode_prompts
+
+    text, null = encode_prompts(pipe, PROMPTS[:2]), encode_prompts(pipe, [""])
+    return draw(2, 4, 12, 12).to(text.dtype), torch.tensor([801, 51]), text, null
+
+
+def overshoot(pipe, monkeypatch, factor=4):
+    """The VAE's images leave [-1, 1]. Returns the list of all that it decodes, raw."""
+    raw, decode_once = [], pipe.vae.decode
+
+    def louder(latents):
+        result = decode_once(latents)
+        result.sample = factor * result.sample
+        raw.append(result.sample)
+        return result
+
+    monkeypatch.setattr(pipe.vae, "decode", louder)
+    return raw
+
+
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"

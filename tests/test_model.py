@@ -1,24 +1,20 @@
-"""Loading a Stable Diffusion, the policy and its reference, and what makes both fast.
+"""The policy and its reference, saving and loading it, and what it computes.
 
 Oracles: diffusers' and peft's own loading, a deep copy of the UNet, and the formulas written out.
 """
 
 import copy
 import gc
-import json
 import math
-import os
-import shutil
 
 import pytest
 import torch
-from conftest import shake
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from conftest import PROMPTS, draw, overshoot, question, shake
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loss import ddim_mean_std
-from parts import fast, model
+from parts import model
 from parts.common import UserError
 from parts.model import (
     LORA_FILE,
@@ -32,130 +28,9 @@ from parts.model import (
     policy_file,
     predict_noise,
 )
-from parts.weights import (
-    SD15,
-    TOY,
-    find_prompts,
-    find_training_prompts,
-    read_train_json,
-    resolve_model,
-)
+from parts.weights import TOY
 
-PROMPTS = ["a red sun", "a white moon over snow"]
 both_kinds = pytest.mark.parametrize("full", (False, True), ids=("lora", "full"))
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def question(pipe):
-    """(x_t, t, text, null) of two images for predict_noise."""
-    text, null = encode_prompts(pipe, PROMPTS), encode_prompts(pipe, [""])
-    return draw(2, 4, 12, 12).to(text.dtype), torch.tensor([801, 51]), text, null
-
-
-def edited_copy(folder, new, file, **changes):
-    """A copy of a model's folder with changes in one JSON file."""
-    shutil.copytree(folder, new)
-    path = new / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return str(new)
-
-
-# --------------------------------------------------------------------------------------------------
-# Which model, which prompts
-
-
-def test_auto_is_sd15_where_there_is_cuda_else_the_toy(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_model("auto") == (SD15, "CUDA is here")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_model("auto") == (TOY, "no CUDA here")
-    assert resolve_model("toy") == (TOY, "asked for")
-    assert resolve_model("some/model") == ("some/model", "asked for")
-
-
-def test_a_folder_brings_its_flags_and_prompts(tmp_path):
-    assert read_train_json(str(tmp_path)) == {} and find_prompts(str(tmp_path)) is None
-    (tmp_path / "train.json").write_text('{"learning_rate": 0.5, "pairs": {"beta": 2}}')
-    (tmp_path / "prompts.txt").write_text("a sun\n")
-    assert read_train_json(str(tmp_path)) == {"learning_rate": 0.5, "pairs": {"beta": 2}}
-    assert find_prompts(str(tmp_path)) == str(tmp_path / "prompts.txt")
-    (tmp_path / "train.json").write_text('{"learning_rate":')
-    with pytest.raises(UserError, match="train.json is not JSON"):
-        read_train_json(str(tmp_path))
-
-
-def test_training_prompts_are_those_given_or_the_models_own(micro, tmp_path):
-    assert find_training_prompts("toy", "mine.txt") == "mine.txt"
-    assert find_training_prompts("toy") == os.path.join(TOY, "prompts.txt")
-    with pytest.raises(UserError, match="needs --prompts FILE"):
-        find_training_prompts(micro)
-    with pytest.raises(UserError, match="SPO's training prompts: .* is not there: curl"):
-        find_training_prompts(SD15, weights=str(tmp_path))
-
-
-# --------------------------------------------------------------------------------------------------
-# Loading
-
-
-def test_nothing_is_trainable_and_no_safety_checker_runs(pipe):
-    assert pipe.safety_checker is None
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        assert not part.training
-        assert not any(parameter.requires_grad for parameter in part.parameters())
-
-
-def test_sd15s_own_scheduler_becomes_ddim_in_silence(micro, tmp_path, capsys):
-    """SD1.5 ships a PNDM scheduler, whose config leaves unsaid what DDIM would do wrong."""
-    changes = dict(_class_name="PNDMScheduler", skip_prk_steps=True, trained_betas=None)
-    path = "scheduler/scheduler_config.json"
-    folder = edited_copy(micro, tmp_path / "m", path, **changes)
-    config = json.loads((tmp_path / "m" / path).read_text())
-    del config["clip_sample"]
-    (tmp_path / "m" / path).write_text(json.dumps(config))
-    index = tmp_path / "m" / "model_index.json"
-    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
-    pipe = load_pipeline(folder)
-    assert capsys.readouterr().err == ""
-    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
-    assert not pipe.scheduler.config.clip_sample
-
-
-def test_a_scheduler_whose_last_step_is_silent_is_corrected_aloud(micro, tmp_path, capsys):
-    wrong = dict(set_alpha_to_one=True, clip_sample=True, steps_offset=0)
-    path = "scheduler/scheduler_config.json"
-    pipe = load_pipeline(edited_copy(micro, tmp_path / "m", path, **wrong))
-    err = capsys.readouterr().err
-    for name in wrong:
-        assert f"scheduler corrected: {name} " in err
-    pipe.scheduler.set_timesteps(20)
-    t = pipe.scheduler.timesteps
-    assert t.tolist() == list(range(951, 0, -50))  # SPO's
-    nothing = torch.zeros(20, 4, 1, 1)
-    _, std, _ = ddim_mean_std(nothing, nothing, t, pipe.scheduler.alphas_cumprod, 20)
-    assert (std > 0).all()
-
-
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        (dict(prediction_type="v_prediction"), "prediction_type v_prediction"),
-        (dict(rescale_betas_zero_snr=True), "zero-SNR"),
-    ],
-)
-def test_unsuitable_schedulers_are_refused(micro, tmp_path, wrong, words):
-    folder = edited_copy(micro, tmp_path / "m", "scheduler/scheduler_config.json", **wrong)
-    with pytest.raises(UserError, match=words):
-        load_pipeline(folder)
-
-
-def test_parts_may_have_dtypes_of_their_own(micro):
-    pipe = load_pipeline(micro, dtype={"default": torch.bfloat16, "unet": torch.float32})
-    assert pipe.unet.conv_in.weight.dtype == torch.float32
-    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,21 +422,13 @@ def test_decode_is_the_vaes_image_unclamped_a_megapixel_at_a_time(pipe, monkeypa
     pipe.vae.register_to_config(scaling_factor=0.5)
     latents = draw(5, 4, 12, 12, dtype=torch.float64)
     with torch.no_grad():
-        raw = pipe.vae.decode(2 * latents).sample * 4
-    seen, decode_once = [], pipe.vae.decode
-
-    def overshooting(z):
-        seen.append(len(z))
-        result = decode_once(z)
-        result.sample = 4 * result.sample
-        return result
-
-    monkeypatch.setattr(pipe.vae, "decode", overshooting)
+        expected = 4 * pipe.vae.decode(latents / 0.5).sample / 2 + 0.5
+    raw = overshoot(pipe, monkeypatch, factor=4)
     monkeypatch.setattr(model, "decode_batch", lambda pipe: 2)
     images = decode(pipe, latents)
-    assert seen == [2, 2, 1]
+    assert [len(slice_) for slice_ in raw] == [2, 2, 1]
     assert images.dtype == torch.float64 and images.shape == (5, 3, 48, 48)
-    torch.testing.assert_close(images, raw / 2 + 0.5, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
     assert images.min() < 0 or images.max() > 1
 
 
@@ -572,80 +439,3 @@ def test_decode_batch_is_a_megapixel_and_16_at_most(pipe):
     assert model.decode_batch(pipe) == 4  # 512 x 512
     pipe.unet.register_to_config(sample_size=512)
     assert model.decode_batch(pipe) == 1  # 2048 x 2048
-
-
-# --------------------------------------------------------------------------------------------------
-# What is about time alone
-
-
-def test_compiled_functions_meet_their_sizes_alone(monkeypatch):
-    met = []
-
-    def compile_nothing(f, **options):
-        assert options == {"dynamic": False}
-
-        def call(x, y):
-            met.append(len(x))
-            return f(x, y)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    product = fast.compile_at(lambda x, y: x * y, 2, 5)
-    expected = {1: [2], 2: [2], 3: [2, 2], 5: [5], 6: [2, 2, 2], 9: [5, 5], 10: [5, 5]}
-    for n, sizes in expected.items():
-        met.clear()
-        x = torch.rand(n, 3, requires_grad=True)
-        y = product(x, x)
-        assert met == sizes and torch.equal(y, x * x)
-        (gradient,) = torch.autograd.grad(y.sum(), x)
-        torch.testing.assert_close(gradient, 2 * x)  # the copies that fill up weigh nothing
-
-
-def test_a_fast_pipeline_computes_what_the_slow_one_does(pipe, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
-    where, latents = question(pipe), draw(3, 4, 12, 12)
-    with torch.no_grad():
-        eps, images = predict_noise(pipe.unet, *where, 5.0), decode(pipe, latents)
-
-        class Judge:
-            def compile(self, size):
-                self.size = size
-
-        judge = Judge()
-        fast.make_fast(pipe, judge, {6}, 12)
-        assert judge.size == 12
-        fast_eps, fast_images = predict_noise(pipe.unet, *where, 5.0), decode(pipe, latents)
-    torch.testing.assert_close(fast_eps, eps, rtol=0, atol=1e-5)
-    torch.testing.assert_close(fast_images, images, rtol=0, atol=1e-5)
-
-
-def tiny_decoder(folder, blocks=3):
-    """An AutoencoderTiny that enlarges 2^(blocks - 1) times."""
-    torch.manual_seed(0)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * blocks,
-        decoder_block_out_channels=(8,) * blocks,
-        num_encoder_blocks=(1,) * blocks,
-        num_decoder_blocks=(1,) * blocks,
-        latent_channels=4,
-        scaling_factor=1.0,
-    )
-    vae.save_pretrained(folder, safe_serialization=True)
-    return str(folder)
-
-
-def test_a_preview_decoder_decodes_in_the_vaes_place(pipe, tmp_path):
-    preview = fast.load_preview(tiny_decoder(tmp_path / "tiny"), pipe)
-    latents = draw(3, 4, 12, 12)
-    with torch.no_grad():
-        expected = preview.decode(latents).sample / 2 + 0.5
-    torch.testing.assert_close(decode(pipe, latents, preview), expected)
-    assert not any(p.requires_grad for p in preview.parameters())
-
-
-def test_preview_decoders_that_do_not_fit_are_refused(pipe, tmp_path):
-    with pytest.raises(UserError, match=r"images of \(1, 3, 96, 96\), not \(1, 3, 48, 48\)"):
-        fast.load_preview(tiny_decoder(tmp_path / "large", 4), pipe)
-    with pytest.raises(UserError, match="such as madebyollin/taesd"):
-        fast.load_preview(str(tmp_path / "nowhere"), pipe)

@@ -1,0 +1,122 @@
+"""Which model is meant, and its loading: what is corrected aloud, what is refused."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from loss import ddim_mean_std
+from parts.common import UserError
+from parts.model import load_pipeline
+from parts.weights import (
+    SD15,
+    TOY,
+    find_prompts,
+    find_training_prompts,
+    read_train_json,
+    resolve_model,
+)
+
+
+def edited_copy(folder, new, file, **changes):
+    """A copy of a model's folder with changes in one JSON file."""
+    shutil.copytree(folder, new)
+    path = new / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(new)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which model, which prompts
+
+
+def test_auto_is_sd15_where_there_is_cuda_else_the_toy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_model("auto") == (SD15, "CUDA is here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_model("auto") == (TOY, "no CUDA here")
+    assert resolve_model("toy") == (TOY, "asked for")
+    assert resolve_model("some/model") == ("some/model", "asked for")
+
+
+def test_a_folder_brings_its_flags_and_prompts(tmp_path):
+    assert read_train_json(str(tmp_path)) == {} and find_prompts(str(tmp_path)) is None
+    (tmp_path / "train.json").write_text('{"learning_rate": 0.5, "pairs": {"beta": 2}}')
+    (tmp_path / "prompts.txt").write_text("a sun\n")
+    assert read_train_json(str(tmp_path)) == {"learning_rate": 0.5, "pairs": {"beta": 2}}
+    assert find_prompts(str(tmp_path)) == str(tmp_path / "prompts.txt")
+    (tmp_path / "train.json").write_text('{"learning_rate":')
+    with pytest.raises(UserError, match="train.json is not JSON"):
+        read_train_json(str(tmp_path))
+
+
+def test_training_prompts_are_those_given_or_the_models_own(micro, tmp_path):
+    assert find_training_prompts("toy", "mine.txt") == "mine.txt"
+    assert find_training_prompts("toy") == os.path.join(TOY, "prompts.txt")
+    with pytest.raises(UserError, match="needs --prompts FILE"):
+        find_training_prompts(micro)
+    with pytest.raises(UserError, match="SPO's training prompts: .* is not there: curl"):
+        find_training_prompts(SD15, weights=str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_nothing_is_trainable_and_no_safety_checker_runs(pipe):
+    assert pipe.safety_checker is None
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_sd15s_own_scheduler_becomes_ddim_in_silence(micro, tmp_path, capsys):
+    """SD1.5 ships a PNDM scheduler, whose config leaves unsaid what DDIM would do wrong."""
+    changes = dict(_class_name="PNDMScheduler", skip_prk_steps=True, trained_betas=None)
+    path = "scheduler/scheduler_config.json"
+    folder = edited_copy(micro, tmp_path / "m", path, **changes)
+    config = json.loads((tmp_path / "m" / path).read_text())
+    del config["clip_sample"]
+    (tmp_path / "m" / path).write_text(json.dumps(config))
+    index = tmp_path / "m" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+    pipe = load_pipeline(folder)
+    assert capsys.readouterr().err == ""
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert not pipe.scheduler.config.clip_sample
+
+
+def test_a_scheduler_whose_last_step_is_silent_is_corrected_aloud(micro, tmp_path, capsys):
+    wrong = dict(set_alpha_to_one=True, clip_sample=True, steps_offset=0)
+    path = "scheduler/scheduler_config.json"
+    pipe = load_pipeline(edited_copy(micro, tmp_path / "m", path, **wrong))
+    err = capsys.readouterr().err
+    for name in wrong:
+        assert f"scheduler corrected: {name} " in err
+    pipe.scheduler.set_timesteps(20)
+    t = pipe.scheduler.timesteps
+    assert t.tolist() == list(range(951, 0, -50))  # SPO's
+    nothing = torch.zeros(20, 4, 1, 1)
+    _, std, _ = ddim_mean_std(nothing, nothing, t, pipe.scheduler.alphas_cumprod, 20)
+    assert (std > 0).all()
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(prediction_type="v_prediction"), "prediction_type v_prediction"),
+        (dict(rescale_betas_zero_snr=True), "zero-SNR"),
+    ],
+)
+def test_unsuitable_schedulers_are_refused(micro, tmp_path, wrong, words):
+    folder = edited_copy(micro, tmp_path / "m", "scheduler/scheduler_config.json", **wrong)
+    with pytest.raises(UserError, match=words):
+        load_pipeline(folder)
+
+
+def test_parts_may_have_dtypes_of_their_own(micro):
+    pipe = load_pipeline(micro, dtype={"default": torch.bfloat16, "unet": torch.float32})
+    assert pipe.unet.conv_in.weight.dtype == torch.float32
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
