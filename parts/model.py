@@ -103,6 +103,7 @@ class Policy:
 
     def __init__(self, unet, rank=4, full=False):
         self.unet, self.full, self.layers = unet, full, {}
+        self.swapped = False  # True where the UNet is the reference
         if full:
             # fp32: a bf16 weight cannot take a small step
             unet.float().requires_grad_(True)
@@ -111,6 +112,7 @@ class Policy:
             return
         # a list, since the tree changes on the way
         for name, module in list(unet.named_modules()):
+            assert not isinstance(module, LoRALinear), "this UNet carries a policy already"
             if isinstance(module, nn.Linear) and name.endswith(TARGETS):
                 parent, child = name.rsplit(".", 1)
                 self.layers[name] = LoRALinear(module, rank)
@@ -120,6 +122,7 @@ class Policy:
     @contextlib.contextmanager
     def reference(self):
         """Inside, the UNet is the reference policy, and no gradient is recorded."""
+        assert not self.swapped, "inside reference() the UNet is the reference already"
         self._swap()
         try:
             with torch.no_grad():
@@ -128,8 +131,9 @@ class Policy:
             self._swap()
 
     def _swap(self):
+        self.swapped = not self.swapped
         for layer in self.layers.values():
-            layer.on = not layer.on
+            layer.on = not self.swapped
         if self.full:
             # .data, so that autograd, which holds the parameter itself, never notices: backward
             # runs outside of reference(), when the policy's own numbers are back
