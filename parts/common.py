@@ -46,15 +46,11 @@ def pick_device(name):
     """The device called name; "auto": cuda if there is one, else cpu. Raises UserError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count() or "none"
-        raise UserError(f"{name} was asked for but torch sees {count} of them: use --device cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+        raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UserError(f"{name}: torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
     return name
 
 

@@ -128,17 +128,14 @@ class Run:
 
     def log_rollout(self, epoch, pairs, seconds):
         """Returns what the progress bar says of it. Raises UserError if no score is finite."""
-        scores = pairs.scores[pairs.scores.isfinite()]
+        scores, last = (x[x.isfinite()] for x in (pairs.scores, pairs.scores[-1]))
         if len(scores) == 0:
             fix = "try --mixed_precision bf16, or another --judge"
             raise UserError(f"none of the judge's scores is finite: {fix}")
-        std = scores.std().item() if len(scores) > 1 else math.nan
-        last = pairs.scores[-1]
-        final = last[last.isfinite()].mean().item()
-        clear = len(pairs.t)
-        record = dict(judge_mean=scores.mean().item(), judge_std=std, judge_final=final)
-        record |= dict(pairs=clear, valid=clear / pairs.scores[..., 0].numel())
-        record |= dict(seconds=seconds, peak_gb=peak_gb(pairs.t.device))
+        mean, std, final = scores.mean().item(), scores.std().item(), last.mean().item()
+        clear, candidates = len(pairs.t), pairs.scores[..., 0].numel()
+        record = dict(judge_mean=mean, judge_std=std, judge_final=final, seconds=seconds)
+        record |= dict(pairs=clear, valid=clear / candidates, peak_gb=peak_gb(pairs.t.device))
         self.log("rollout", epoch=epoch, **record)
         if clear == 0 and self.rank == 0:
             what = f"rollout {self.chunk + 1}: no valid pair, nothing to learn from"
@@ -195,17 +192,16 @@ def environment(device):
     import diffusers
     import transformers
 
-    libraries = dict(torch=torch, diffusers=diffusers, transformers=transformers, numpy=np)
+    libraries = dict(torch=torch, diffusers=diffusers, transformers=transformers)
     versions = {name: library.__version__ for name, library in libraries.items()}
-    commit = None
-    if shutil.which("git"):
-        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     name = f"cpu, {torch.get_num_threads()} threads"
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-    versions["python"] = sys.version.split()[0]
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = None  # where there is no git, or no repository
+    if shutil.which("git"):
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {"versions": versions, "git_commit": commit, "device": name}
 
 
@@ -233,12 +229,6 @@ def save_pictures(folder, prompts, reference, images, epoch):
     write_file(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
-def read_log(folder, kind):
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        records = [json.loads(line) for line in file]
-    return [record for record in records if record["kind"] == kind]
-
-
 def running_mean(values, width=9):
     """(n,) -> (n,), over fewer values at the ends."""
     window = np.ones(min(width, len(values)))
@@ -246,83 +236,73 @@ def running_mean(values, width=9):
 
 
 def draw_curves(folder):
-    """curves.png: whether the judge rose, and what the loss did."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """curves.png: whether the judge (with --pairs the margin) rose, and what the loss did."""
     import matplotlib.pyplot as plt
 
-    steps, rollouts = read_log(folder, "step"), read_log(folder, "rollout")
-    if not steps:
+    plt.switch_backend("Agg")  # no window, even where there is a screen
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        records = [json.loads(line) for line in file]
+    lines = {kind: [r for r in records if r["kind"] == kind] for kind in ("step", "rollout")}
+    if not lines["step"]:
         return
+    first = ("rollout", "judge_final") if lines["rollout"] else ("step", "margin")
+    panels = [first, *(("step", key) for key in ("loss", "accuracy", "clip_fraction"))]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    panels = {"margin": "margin", "loss": "loss", "accuracy": "accuracy before the step"}
-    panels["clip_fraction"] = "clip fraction"
-    x = [record["step"] for record in steps]
-    for ax, (key, title) in zip(axes, panels.items()):
-        values = [record[key] for record in steps]
-        ax.plot(x, values, ".", ms=2, color="#bbbbbb")
+    for ax, (kind, key) in zip(axes, panels):
+        x, values = zip(*[(record["step"], record[key]) for record in lines[kind]])
+        ax.plot(x, values, ".", ms=3, color="#bbbbbb")
         ax.plot(x, running_mean(values), color="#2166ac")
-        ax.set(title=title, xlabel="optimiser step")
-    axes[1].axhline(math.log(2), ls=":", color="black", lw=1)
-    axes[2].axhline(0.5, ls=":", color="black", lw=1)
-    if rollouts:  # the judge is more telling than the margin
-        axes[0].clear()
-        points = [(record["step"], record["judge_final"]) for record in rollouts]
-        axes[0].plot(*zip(*points), "o-", ms=3, color="#b2182b")
-        axes[0].set(title="judge, finished training images", xlabel="optimiser step")
+        ax.set(title=key, xlabel="optimiser step")
+    axes[1].axhline(math.log(2), ls=":", color="black", lw=1)  # where the policy is the reference
+    axes[2].axhline(0.5, ls=":", color="black", lw=1)  # where the pairs' order is a guess
     save_figure(figure, os.path.join(folder, "curves.png"))
 
 
 def figures_per_prompt(judge, prompts, images):
-    """{figure: (P,)} of images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's K
-    images or their pairs. judge None: diversity alone."""
+    """{figure: (P,) array} of images (P, K, 3, H, W), as 8-bit files hold them: means over the K
+    images of a prompt or over their pairs. judge None: diversity alone."""
     P, K = images.shape[:2]
     eight_bit = (images * 255).round().clamp(0, 255).byte()
     flat = eight_bit.flatten(0, 1).float() / 255  # (P K, 3, H, W)
     each = [prompt for prompt in prompts for _ in range(K)]
-    figures = {}
+    values = {}  # {figure: (P K,)}
     if judge:
         text = judge.encode(prompts).repeat_interleave(K, 0)
-        batches = zip(flat.split(16), text.split(16))
-        scores = torch.cat([judge(x, y).float().cpu() for x, y in batches])
-        figures[f"{judge.name} (the judge)"] = scores
+        scores = [judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))]
+        values[f"{judge.name} (the judge)"] = torch.cat(scores)
     if hasattr(judge, "report"):
-        figures |= judge.report(flat, each)
-    # a figure is left out if it has no value at all: captions that a checker cannot read
-    known = {name: v for name, v in figures.items() if not v.isnan().all()}
-    result = {name: v.view(P, K).nanmean(1) for name, v in known.items()}
-    rows = [[x.permute(1, 2, 0) for x in row] for row in eight_bit]
+        values |= judge.report(flat, each)
+    figures = {}
+    for name, value in values.items():
+        if not value.isnan().all():  # of captions that a checker cannot read
+            figures[name] = value.view(P, K).nanmean(1).double().numpy()
+    rows = [[image.permute(1, 2, 0) for image in row] for row in eight_bit]
     if K > 1:
         apart = [[rmse(*two, 255) for two in itertools.combinations(row, 2)] for row in rows]
-        result["diversity: RMSE between images of a prompt"] = torch.tensor(np.mean(apart, 1))
-    entropies = [[entropy_1d(x) for x in row] for row in rows]
-    result["diversity: entropy of an image, bits"] = torch.tensor(np.mean(entropies, 1))
-    return result
+        figures["diversity: RMSE between images of a prompt"] = np.mean(apart, 1)
+    entropies = [[entropy_1d(image) for image in row] for row in rows]
+    figures["diversity: entropy of an image, bits"] = np.mean(entropies, 1)
+    return figures
 
 
 def before_after_table(before, after, count):
     """(Markdown, {figure: {before, after, change, se}}) of two figures_per_prompt of the same
     prompts and seeds. +- is the standard error over prompts; of the change, of its paired mean."""
-
-    def mean_and_error(v):
-        v = v.double()[~v.isnan()]
-        return v.mean().item(), v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan
-
-    def cell(mean, error, sign=""):
-        return f"{mean:{sign}.3f}" + (f" +- {error:.3f}" if error == error else "")
-
     prompts = len(next(iter(before.values())))
-    lines = [f"| {prompts} held-out prompts x {count} images | before | after | change "]
-    lines[0] += "| change / its error |"
-    lines.append("|---|---|---|---|---|")
+    head = f"{prompts} held-out prompts x {count} images | before | after | change"
+    lines = [f"| {head} | change / its error |", "|---|---|---|---|---|"]
     figures = {}
     for name in before:
-        old, new = mean_and_error(before[name]), mean_and_error(after[name])
-        change, error = mean_and_error(after[name].double() - before[name].double())
-        ratio = f"{change / error:+.1f}" if error > 0 else "-"
-        lines.append(
-            f"| {name} | {cell(*old)} | {cell(*new)} | {cell(change, error, '+')} | {ratio} |"
-        )
-        figures[name] = {"before": old[0], "after": new[0], "change": change, "se": error}
+        columns = before[name], after[name], after[name] - before[name]
+        cells, means = [name], []
+        for values, sign in zip(columns, ("", "", "+")):
+            values = values[~np.isnan(values)]
+            mean, error = values.mean(), math.nan
+            if len(values) > 1:
+                error = values.std(ddof=1) / math.sqrt(len(values))
+            cells.append(f"{mean:{sign}.3f}" + (f" +- {error:.3f}" if len(values) > 1 else ""))
+            means.append(float(mean))
+        cells.append(f"{mean / error:+.1f}" if error > 0 else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+        figures[name] = dict(zip(("before", "after", "change"), means), se=float(error))
     return "\n".join(lines) + "\n", figures
