@@ -103,7 +103,7 @@ class Row:  # a line of the tables
 
 def main():
     start, args = time.time(), parse_args()
-    rows = find_rows(args)
+    rows = find_rows(args)  # those of models first
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in [row for row in rows if not row.model]:
         find_images(row, prompts, args)  # before anything is painted
@@ -146,7 +146,7 @@ def find_rows(args):
         row.label = f"{name} (original)" if row.source == row.model else name
         row.folder = f"{args.output_dir}/{name}"
         row.images = f"{row.folder}/images" if row.model else row.source
-        if rows.setdefault(name, row).source != row.source:
+        if rows.setdefault(name, row).source != row.source:  # the first of that name stays
             raise UserError(f"two things to score are both called {name}: rename one folder")
     return list(rows.values())
 
@@ -154,16 +154,16 @@ def find_rows(args):
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
     source = find_model(target)
-    is_path = os.path.exists(source) or source.startswith((".", "/", "out/"))
+    is_path = os.path.exists(source) or source.startswith((".", "/", "out/"))  # a typing error
     is_hub_id = source.count("/") == 1 and not is_path
     if is_hub_id or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
     if policy_file(source):
         run = weights.read_config(source) if os.path.exists(f"{source}/config.json") else {}
         return Row(source, find_model(run.get("args", {}).get("model", model)), run)
-    if os.path.isdir(source):
+    if list_images(source)[0]:
         return Row(source, None, {})
-    raise UserError(f"nothing to score at {target!r}: give a run, a LoRA, a model, or images")
+    raise UserError(f"nothing to score at {target!r}: give a run with a LoRA, a model or P_K.png")
 
 
 def find_model(model):
@@ -205,20 +205,19 @@ def own_prompts(row):
 
 
 def choose_sampler(args, rows):
-    """What flags say, or else the run."""
+    """What flags say, or else the (first) run: the same for all rows."""
     sampler = {"num_inference_steps": 20, "guidance_scale": 5.0}
     run = next((row.run["args"] for row in rows if "args" in row.run), sampler)
     return {name: getattr(args, name) or run[name] for name in sampler}
 
 
 def find_images(row, prompts, args):
-    """Sets row.files to the first K images of every prompt, having read them all."""
+    """Sets row.files to the first K images of every prompt. If K is 0, the first folder says it."""
     found, bad = list_images(row.images)
-    count = len(prompts) or max(found, default=0) + 1
+    count = len(prompts) or max(found) + 1
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
-    # where nobody says how many, the first folder does
-    K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()), default=1)
+    K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
     row.files = {}
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
@@ -236,7 +235,7 @@ def find_images(row, prompts, args):
 
 
 def paint(row, prompts, sampler, args):
-    """Sets row.files, and paints those that are not there, each whole or not at all."""
+    """Sets row.files, and paints those that are not there: DDIM, eta 0."""
     args.images_per_prompt = args.images_per_prompt or 4
     check_settings(row, prompts, sampler)
     make_folder(row.images)
@@ -244,7 +243,7 @@ def paint(row, prompts, sampler, args):
     row.files = {(p, k): f"{row.images}/{p:05d}_{k}.png" for p, k in numbers}
     missing = [key for key, path in row.files.items() if not os.path.exists(path)]
     if not missing:
-        return
+        return  # and load nothing
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     pipe = load_pipeline(row.model, args.device, dtype)
     if row.source != row.model:
@@ -254,8 +253,8 @@ def paint(row, prompts, sampler, args):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(p, k) for p, k in batch]
-            sampling = *sampler.values(), 0.0, args.batch_size, bar.update  # eta 0
-            images = generate(pipe, captions, seeds, *sampling)
+            sampling = *sampler.values(), 0.0, args.batch_size  # eta 0
+            images = generate(pipe, captions, seeds, *sampling, bar.update)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
@@ -269,9 +268,9 @@ def check_settings(row, prompts, sampler):
     if not path.exists():  # before the first image, so that there is none without it
         write_file(path, json.dumps(settings))
     painted = json.loads(path.read_text())
-    other = [name for name in settings if painted[name] != settings[name]]
+    other = ", ".join(name for name in settings if painted[name] != settings[name])
     if other:
-        raise UserError(f"{row.images} has images of other {', '.join(other)}: delete {row.folder}")
+        raise UserError(f"{row.folder} has images of other {other}: take another --output_dir")
 
 
 def digest(paths, more):
@@ -288,13 +287,12 @@ def digest(paths, more):
 
 def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
-    needs_weights = name not in TABLE3 or TABLE3[name][1]
-    place = f", weights {args.weights if needs_weights else ''!r}"
+    place = f", weights {args.weights if name not in TABLE3 or TABLE3[name][1] else ''!r}"
     metric, least = None, diversity.LEAST.get(name, 1)
     for row in rows:
         if read_scores(row, name, place):
             continue
-        metric = metric or load_metric(name, prompts, args)
+        metric = metric or load_metric(name, prompts, args)  # once, and only if it is needed
         lines = []
         with progress_bar(iterable=row.files, desc=f"{name} of {row.label}") as bar:
             for p, keys in itertools.groupby(bar, lambda key: key[0]):
@@ -314,7 +312,7 @@ def score(rows, name, prompts, args):
 def read_scores(row, name, place=""):
     """[{column: text}] of a score file of these images (and of weights from that place), or []."""
     path = Path(row.folder, "scores", f"{name}.csv")
-    lines = path.read_text().splitlines() if path.exists() else [""]
+    lines = path.read_text("utf-8").split("\n") if path.exists() else [""]
     return list(csv.DictReader(lines[1:])) if lines[0].startswith(row.stamp + place) else []
 
 
@@ -347,7 +345,7 @@ def measure(name, metric, p, images, prompts):
         values = [score.tolist() for score in scores.values()]
         return [{"image": k} | dict(zip(scores, line)) for k, *line in zip(images, *values)]
     prepare, compare = metric
-    ready = {k: prepare(image) for k, image in images.items()}
+    ready = {k: prepare(image) for k, image in images.items()}  # what takes long
     if compare is None:
         return [{"image": k, name: value} for k, value in ready.items()]
     twos = itertools.combinations(ready, 2)
@@ -382,31 +380,31 @@ def write_tables(rows, output_dir, not_run):
     draw_tradeoff(f"{output_dir}/tradeoff.png", table2, rows)
 
 
-def summarise(lines, figure):
+def summarise(lines, name):
     """{mean, sd, se, prompts, left_out}: statistics over the prompts' means."""
     by_prompt, left_out = {}, 0
     for line in lines:
-        value = float(line[figure])
+        value = float(line[name])
         if np.isfinite(value):
             by_prompt.setdefault(line["prompt_index"], []).append(value)
         else:  # FSIM of a black image, PSNR of identical ones
             left_out += 1
-    means = [np.mean(values) for values in by_prompt.values()]
+    means = [np.mean(values) for values in by_prompt.values()]  # step 3 of the protocol
     count = len(means)
     mean = np.mean(means) if means else np.nan
-    sd = np.std(means, ddof=1) if count > 1 else np.nan
+    sd = np.std(means, ddof=1) if count > 1 else np.nan  # step 4
     return dict(mean=mean, sd=sd, se=sd / np.sqrt(count), prompts=count, left_out=left_out)
 
 
 def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
     grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
-    notes = [f"{row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
+    notes = [f"- {row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
     for name, (title, size, paper) in columns.items():
         found = [row.scores[name] for row in rows if name in row.scores]
         means = [summary["mean"] for summary in found if summary["prompts"]]
         better = max if title.endswith("↑") else min
-        best = better(means) if len(means) > 1 else None
+        best = better(means) if len(means) > 1 else None  # one row is no contest
         cells = [title]
         for row in rows:
             if name not in row.scores:
@@ -417,16 +415,16 @@ def make_table(columns, rows, flag, not_run):
             cell = f"**{cell}**" if mean == best else cell
             cells.append(f"{cell} ({se:#.2g})")
             if left_out:
-                notes.append(f"{name} of {row.label}: {left_out} values nan or inf, left out")
+                notes.append(f"- {name} of {row.label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):
             default = f"not asked for: {flag} {name}, {size} GB of weights"
-            notes.append(f"{name}: {not_run.get(name, default)}")
+            notes.append(f"- {name}: {not_run.get(name, default)}")
         grid.append([*cells, paper])
     lines = [f"| {' | '.join(line)} |" for line in zip(*grid)]
     lines.insert(1, "|---" * len(grid) + "|")
     if all(row.model not in (weights.SD15, None) for row in rows):
         lines.pop()  # the paper's row tells nothing about other models
-    return "\n".join([*lines, "", *[f"- {note}" for note in notes], ""])
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def draw_tradeoff(path, columns, rows):
@@ -437,7 +435,7 @@ def draw_tradeoff(path, columns, rows):
     judges = [name for name in columns if name in complete]
     across = "lpips" if "lpips" in complete else "rmse"
     if across not in complete or not judges:
-        return
+        return  # nothing to draw
     figure = Figure((4.6 * len(judges), 3.8), layout="constrained")
     for judge, axes in zip(judges, figure.subplots(1, len(judges), squeeze=False)[0]):
         axes.set(xlabel=f"{TABLE3[across][0]} (diversity)", ylabel=columns[judge][0])

@@ -23,6 +23,7 @@ import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import evaluate  # noqa: E402, F401
 import train  # noqa: E402, F401
 from parts.common import run_cli  # noqa: E402
 

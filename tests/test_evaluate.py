@@ -1,440 +1,657 @@
-"""evaluate.py as a user meets it: runs, LoRAs, models and folders of images; resumed, refused, tabulated."""
+"""evaluate.py as a user meets it: runs, LoRAs, models and folders of images."""
+
 import csv
 import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from child import Child
+from conftest import PROMPTS as TOY_PROMPTS
+from conftest import ROOT, shake
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from weights import golden
 
 import evaluate
-import sample
-from toy import world as toy
 import train
-from conftest import ROOT
-from sample import LORA_FILE
-from weights import golden
+from parts import diversity
+from parts.common import hold_out, to_pil
+from parts.judges import JUDGES
+from parts.model import LORA_FILE, Policy, load_pipeline, load_policy
+from parts.weights import TOY
+from sample import generate, seed_of
+from toy.world import Taste
 
 PROMPTS = ["a red sun over a sea", "a white moon", "a yellow sun over snow"]
 SMALL = ["--num_inference_steps", 2, "--device", "cpu"]
+TASTE_ALONE = ["--judges", "taste", "--metrics", "none"]
 
 
 def picture(p, k, size=32):
-    rng = np.random.default_rng((p, k))
-    return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC))
+    coarse = np.random.default_rng((p, k)).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(smooth)
+
+
+def save_picture(path, p, k, size=32):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(p, k, size)).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three prompts, two images each, and prompts.txt: another method's output."""
     path = tmp_path / "theirs"
-    path.mkdir()
     for p in range(3):
         for k in range(2):
-            Image.fromarray(picture(p, k)).save(path / f"{p}_{k}.png")
+            save_picture(path / f"{p}_{k}.png", p, k)
     (path / "prompts.txt").write_text("\n".join(PROMPTS))
     return path
 
 
 @pytest.fixture
-def evaluate_(command, tmp_path):
+def home(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def evaluate_(command, home):
     def call(*argv):
-        n = next((i for i, a in enumerate(argv) if str(a).startswith("--")), len(argv))
-        return command("evaluate.py", *argv[:n], "--output_dir", tmp_path / "out", *SMALL, *argv[n:])
+        return command("evaluate.py", "--output_dir", home, *SMALL, *argv)
+
     return call
 
 
-def table(path):
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def scores(home, label, metric, column=None):
+    lines = read_csv(home / label / "scores" / f"{metric}.csv")
+    return [float(line[column or metric]) for line in lines]
+
+
+def last_line(err):
+    return err.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def run(micro, prompts_file, tmp_path_factory):
     """A run's folder, as train.py leaves it."""
     out = tmp_path_factory.mktemp("runs") / "micro-js"
-    flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste", "--max_train_steps", 1, "--sample_batch_size", 3, "--num_children", 2,
-             "--first_step", 1, "--threshold", 0, "--num_inference_steps", 4, "--train_batch_size", 2, "--num_eval_prompts", 2,
-             "--images_per_prompt", 2, "--device", "cpu", "--learning_rate", .01, "--output_dir", out]
-    argv, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+    flags = ["--model", micro, "--prompts", prompts_file, "--judge", "taste"]
+    flags += ["--max_train_steps", 1, "--sample_batch_size", 3, "--num_children", 2]
+    flags += ["--first_step", 1, "--threshold", 0, "--num_inference_steps", 4]
+    flags += ["--train_batch_size", 2, "--num_eval_prompts", 2, "--images_per_prompt", 2]
+    flags += ["--guidance_scale", 3, "--device", "cpu", "--learning_rate", 0.01]
+    argv = sys.argv
+    sys.argv = ["train.py", *map(str, flags), "--output_dir", str(out)]
     try:
         train.main()
     finally:
         sys.argv = argv
-    return str(out)
+    return out
 
 
-def test_a_folder_of_images(evaluate_, folder, tmp_path):
-    code, out, err = evaluate_(folder, "--judges", "taste", "--metrics", "rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d")
+# --------------------------------------------------------------------------------------------------
+# What is computed
+
+
+def test_a_folder_of_images(evaluate_, folder, home):
+    of_two = ["rmse", "psnr", "ssim", "fsim"]
+    metrics = [*of_two, "entropy_1d", "entropy_2d"]
+    code, out, err = evaluate_(folder, "--judges", "taste", "--metrics", *metrics)
     assert code == 0, err
-    scores, pairs = (table(tmp_path / "out" / "theirs" / f) for f in ("scores.csv", "pairs.csv"))
-    assert len(scores) == 6 and len(pairs) == 3 and scores[0]["prompt"] == PROMPTS[0]
-    a, b = picture(1, 0), picture(1, 1)
-    for metric in ("rmse", "psnr", "ssim", "fsim"):
-        assert float(pairs[1][metric]) == getattr(evaluate, metric)(a, b)
-    assert float(scores[3]["entropy_2d"]) == evaluate.entropy_2d(b)
-    image = torch.tensor(b.copy()).permute(2, 0, 1)[None] / 255
-    assert float(scores[3]["taste"]) == pytest.approx(toy.Taste()(image).item(), rel=1e-5)
-    # the cell: mean +- sd over prompts (standard error)
-    v = np.array([float(r["rmse"]) for r in pairs])
-    cell = f"{v.mean():.4f} ± {v.std(ddof=1):.4f} ({v.std(ddof=1) / math.sqrt(3):.4f})"
-    t2, t3 = ((tmp_path / "out" / f).read_text() for f in ("table2.md", "table3.md"))
-    assert cell in t3 and cell in out
-    assert t3.count("not run") >= 2 and "--metrics lpips`" in t3 and "--judges vqascore`" in t2 and "SD v1.5 in the paper" in t3
-    assert (tmp_path / "out" / "tradeoff.png").stat().st_size > 5000
-    summary = {r["metric"]: r for r in table(tmp_path / "out" / "summary.csv")}
-    assert float(summary["rmse"]["mean"]) == pytest.approx(v.mean()) and summary["lpips"]["not_run"].startswith("not asked for")
+    for name in of_two:
+        expected = [getattr(diversity, name)(picture(p, 0), picture(p, 1)) for p in range(3)]
+        assert scores(home, "theirs", name) == expected
+    images = [picture(p, k) for p in range(3) for k in range(2)]
+    for name in ("entropy_1d", "entropy_2d"):
+        function = getattr(diversity, name)
+        assert scores(home, "theirs", name) == [function(image) for image in images]
+    pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
+    assert scores(home, "theirs", "taste") == pytest.approx(Taste()(pixels).tolist(), rel=1e-5)
+    taste, rmse = (read_csv(home / f"theirs/scores/{m}.csv") for m in ("taste", "rmse"))
+    keys = [(line["prompt_index"], line["image"]) for line in taste]
+    assert keys == [(p, k) for p in "012" for k in "01"]
+    keys = [(line["prompt_index"], line["image_1"], line["image_2"]) for line in rmse]
+    assert keys == [(p, "0", "1") for p in "012"]
 
 
-def test_every_judge_and_every_metric_from_a_weights_folder(evaluate_, folder, tmp_path, tiny_judges):
+def test_the_tables(evaluate_, folder, home):
+    """A cell is the mean over prompts of their means, ± the sample's sd (and sd / sqrt(n))."""
+    for p in range(3):
+        save_picture(folder / f"{p}_2.png", p, 2)
+    code, out, _ = evaluate_(folder, "--judges", "taste", "--metrics", "rmse")
+    values = np.array(scores(home, "theirs", "rmse")).reshape(3, 3).mean(1)  # 3 comparisons each
+    mean, sd, se = values.mean(), values.std(ddof=1), values.std(ddof=1) / math.sqrt(3)
+    table2, table3 = ((home / f"table{n}.md").read_text() for n in (2, 3))
+    assert f"| {mean:#.4g} ± {sd:#.2g} ({se:#.2g}) |" in table3 and table3 in out and table2 in out
+    summary = {line["metric"]: line for line in read_csv(home / "summary.csv")}
+    assert summary.keys() == {"taste", "prompt following", "rmse"}
+    for name, value in (("mean", mean), ("sd", sd), ("se", se), ("prompts", 3)):
+        assert float(summary["rmse"][name]) == pytest.approx(value)
+    assert "- lpips: not asked for: --metrics lpips, 0.24 GB of weights" in table3
+    assert "- vqascore: not asked for: --judges vqascore, 22.9 GB of weights" in table2
+    assert table3.count("not run") == 7 and table2.count("not run") == 6
+    assert (home / "tradeoff.png").stat().st_size > 5000
+
+
+def test_every_judge_and_metric_from_a_weights_folder(
+    evaluate_, folder, home, tmp_path, tiny_judges
+):
     code, out, err = evaluate_(folder, "--weights", tiny_judges)
-    assert code == 0, err
-    assert "not run" not in out
-    scores, pairs = (table(tmp_path / "out" / "theirs" / f) for f in ("scores.csv", "pairs.csv"))
-    for r in scores:
-        assert all(math.isfinite(float(r[m])) for m in evaluate.TABLE2)
-        assert float(r["hps"]) == pytest.approx(100 * float(r["clipscore"]), rel=1e-4)  # one CLIP under two formats here
-    assert all(0 < float(r["lpips"]) and -1 < float(r["clip_i"]) < 1 for r in pairs)
-    # in another session, with weights from elsewhere: not the old scores
+    assert code == 0 and "not run" not in out, err
+    for name in evaluate.TABLE2:
+        assert np.isfinite(scores(home, "theirs", name)).all()
+    hps, clipscore = scores(home, "theirs", "hps"), scores(home, "theirs", "clipscore")
+    assert hps == pytest.approx([100 * x for x in clipscore], rel=1e-4)  # one CLIP, two formats
+    assert min(scores(home, "theirs", "lpips")) > 0
+    assert max(np.abs(scores(home, "theirs", "clip_i"))) < 1
+
+    # weights from elsewhere: their judge anew, the rest stays, in the tables too
     other = shutil.copytree(tiny_judges, tmp_path / "w2")
-    state = torch.load(other / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
+    head = other / "sac+logos+ava1-l14-linearMSE.pth"
+    state = torch.load(head, weights_only=True)
     state["layers.7.bias"] += 1
-    torch.save(state, other / "sac+logos+ava1-l14-linearMSE.pth")
-    code, out, err = evaluate_(folder, "--judges", "aesthetic", "--metrics", "none", "--weights", other)
-    again = table(tmp_path / "out" / "theirs" / "scores.csv")
-    assert code == 0 and "again" in err
-    assert float(again[0]["aesthetic"]) == pytest.approx(float(scores[0]["aesthetic"]) + 1, abs=1e-5) and again[0]["hps"] == scores[0]["hps"]
+    torch.save(state, head)
+    before = scores(home, "theirs", "aesthetic")
+    flags = ["--judges", "aesthetic", "--metrics", "none", "--weights", other]
+    code, out, err = evaluate_(folder, *flags)
+    after = scores(home, "theirs", "aesthetic")
+    assert code == 0 and after == pytest.approx([x + 1 for x in before], abs=1e-5)
+    assert "not run" not in out and scores(home, "theirs", "hps") == hps
 
 
-@pytest.mark.parametrize("name", [*evaluate.MODEL_JUDGES, "taste"])
+@pytest.mark.parametrize("name", [*evaluate.TABLE2, "step_aware", "taste"])
 def test_judges_one_by_one(evaluate_, folder, tiny_judges, name):
-    code, out, _ = evaluate_(folder, "--weights", tiny_judges, "--judges", name, "--metrics", "none")
-    assert code == 0 and out.count("not asked for") == len(evaluate.TABLE2) + len(evaluate.TABLE3) - (name != "taste")
+    flags = ["--weights", tiny_judges, "--judges", name, "--metrics", "none"]
+    code, out, _ = evaluate_(folder, *flags)
+    assert code == 0 and out.count("not asked for") == 14 - (name in evaluate.TABLE2)
 
 
-@pytest.mark.parametrize("name", evaluate.MODEL_METRICS)
+@pytest.mark.parametrize("name", evaluate.TABLE3)
 def test_metrics_one_by_one(evaluate_, folder, tiny_judges, name):
-    code, out, _ = evaluate_(folder, "--weights", tiny_judges, "--judges", "none", "--metrics", name)
-    assert code == 0 and out.count("not asked for") == len(evaluate.TABLE2) + len(evaluate.TABLE3) - 1
+    flags = ["--weights", tiny_judges, "--judges", "none", "--metrics", name]
+    code, out, _ = evaluate_(folder, *flags)
+    assert code == 0 and out.count("not asked for") == 13
 
 
-def test_a_judge_of_ones_own(evaluate_, folder, tmp_path, monkeypatch):
-    """As judges.py says: a class with two methods and a line in JUDGES; here with a report as well."""
-    class Bright:
-        name = "bright"
+class Bright:
+    """A judge of one's own, as parts/judges.py says."""
 
-        def __init__(self, device, weights=None):
-            pass
+    def __init__(self, device, weights):
+        pass
 
-        def encode(self, prompts):
-            return torch.arange(len(prompts))
+    def encode(self, prompts):
+        return torch.tensor([len(prompt) for prompt in prompts])
 
-        def __call__(self, images, text, t=None):
-            return images.mean((1, 2, 3)) + text
-
-        def report(self, images, prompts):
-            return {"contrast": images.flatten(1).std(1)}
-    monkeypatch.setitem(evaluate.JUDGES, "bright", Bright)
-    code, out, err = evaluate_(folder, "--judges", "bright", "--metrics", "none")
-    assert code == 0 and "| bright ↑ | contrast ↑ |" in out, err
-    scores = table(tmp_path / "out/theirs/scores.csv")
-    assert float(scores[2]["bright"]) == pytest.approx(picture(1, 0).mean() / 255 + 1, rel=1e-5) and "contrast" in scores[0]
+    def __call__(self, images, text, t=None):
+        return images.mean((1, 2, 3)) + text
 
 
-def test_a_run_and_its_original(evaluate_, run, tmp_path, monkeypatch):
-    code, out, err = evaluate_(run, "--judges", "taste", "--metrics", "rmse", "entropy_1d", "--images_per_prompt", 2)
+class Reporting(Bright):
+    """It has more to say."""
+
+    reads_prompt = False
+
+    def report(self, images, prompts):
+        return {"contrast": images.flatten(1).std(1)}
+
+
+def test_a_judge_of_ones_own(evaluate_, folder, home, monkeypatch):
+    monkeypatch.setitem(JUDGES, "bright", Bright)
+    monkeypatch.setitem(JUDGES, "reporting", Reporting)
+    flags = ["--judges", "bright", "reporting", "--metrics", "none"]
+    code, out, err = evaluate_(folder, *flags)
+    columns = "| model | bright ↑ | reporting ↑ | contrast ↑ | CLIPScore ↑ |"
+    assert code == 0 and columns in out, err
+    images = [(p, picture(p, k) / 255) for p in range(3) for k in range(2)]
+    expected = [image.mean() + len(PROMPTS[p]) for p, image in images]
+    assert scores(home, "theirs", "bright") == pytest.approx(expected, rel=1e-6)
+    expected = [image.std(ddof=1) for _, image in images]
+    assert scores(home, "theirs", "reporting", "contrast") == pytest.approx(expected, rel=1e-4)
+
+    os.remove(folder / "prompts.txt")  # one of them can do without
+    code, _, err = evaluate_(folder, "--judges", "bright", "--metrics", "none")
+    assert code == 2 and "bright needs the prompts" in last_line(err)
+    code, out, err = evaluate_(folder, "--judges", "reporting", "--metrics", "none")
+    assert code == 0 and "contrast" not in out, err
+
+
+def test_a_black_image_is_counted(evaluate_, folder, home):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "2_1.png")
+    save_picture(folder / "0_1.png", 0, 0)  # and two images that are the same
+    flags = ["--judges", "taste", "--metrics", "fsim", "psnr"]
+    code, out, err = evaluate_(folder, *flags)
     assert code == 0, err
-    home = tmp_path / "out"
-    assert "| micro (original) |" in out and "| micro-js |" in out and "**" in out
-    assert len(table(home / "micro-js" / "scores.csv")) == 4 and len(table(home / "micro" / "pairs.csv")) == 2
-    # the seeds are shared, the prompts are the run's held-out ones, and the images are those of generate()
-    config = json.load(open(os.path.join(run, "config.json")))
-    assert [r["prompt"] for r in table(home / "micro" / "scores.csv")][::2] == config["held_out"] and len(config["held_out"]) == 2
-    pipe = sample.load_pipeline(config["args"]["model"])
-    want = [sample.generate(pipe, [config["held_out"][1]], [evaluate.seed_of(1, 1)], 2)[0]]
-    sample.load_lora(pipe.unet, run)
-    want.append(sample.generate(pipe, [config["held_out"][1]], [evaluate.seed_of(1, 1)], 2)[0])
-    got = [np.asarray(Image.open(home / m / "images" / "00001_1.png")).astype(int) for m in ("micro", "micro-js")]
-    for w, g in zip(want, got):
-        assert np.abs(np.asarray(sample.to_pil(w)).astype(int) - g).max() <= 1
-    assert np.abs(got[0] - got[1]).max() > 1
+    assert "fsim of theirs: 1 values nan or inf, left out" in out
+    assert "psnr of theirs: 1 values nan or inf, left out" in out
+    summary = {line["metric"]: line for line in read_csv(home / "summary.csv")}
+    fsim = summary["fsim"]
+    assert fsim["left_out"] == "1" and fsim["prompts"] == "2" and math.isfinite(float(fsim["mean"]))
+    assert float(fsim["mean"]) == pytest.approx(np.mean(scores(home, "theirs", "fsim")[:2]))
+
+
+def test_arrows_point_to_what_varies_more(tmp_path, weights_dir, tiny_judges):
+    """Images alike and images that differ: every metric moves along its arrow."""
+    noise = np.random.default_rng(0).integers(-9, 10, (48, 48, 3))
+    image = picture(0, 0, 48)
+    alike = np.clip(image + noise, 0, 255).astype(np.uint8)
+    other = picture(1, 1, 48)
+    flat = np.full((48, 48, 3), 99, np.uint8)
+    for name, (title, *_) in evaluate.TABLE3.items():
+        prepare, compare = diversity.load_metric(name, "cpu", weights_dir)
+
+        def measure(*images, prepare=prepare, compare=compare):
+            ready = [prepare(torch.tensor(x)) for x in images]
+            return float(compare(*ready) if compare else ready[0])
+
+        less, more = measure(image, alike), measure(image, other)
+        if compare is None:
+            less, more = measure(flat), measure(image)
+        assert (more > less) == title.endswith("↑"), name
+        assert (more < less) == title.endswith("↓"), name
+    assert all(title.endswith("↑") for title, *_ in evaluate.TABLE2.values())
+
+
+@pytest.mark.parametrize(
+    "title, best, worst", [("PSNR ↓", "30.00", "32.00"), ("R ↑", "32.", "30.")]
+)
+def test_best_is_bold_the_right_way_round(title, best, worst):
+    rows = [evaluate.Row(source, None, {}, label=source) for source in "abc"]
+    for row, mean in zip(rows, (30.0, 32.0, 31.0)):
+        row.scores = {"m": dict(mean=mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
+    table = evaluate.make_table({"m": (title, 0, "-")}, rows, "--metrics", {})
+    assert f"| **{best}" in table and f"| {worst}" in table and table.count("**") == 2
+
+
+def test_the_papers_row():
+    """Tables 2 and 3 of the paper, the original's line."""
+    printed = "0.352 0.049 0.601 0.243 5.648 0.526 0.173 1.011 20.908 1.228 26.933 1.454".split()
+    printed += "0.7994 0.0842 7.2547 0.6230 14.0615 1.3478 0.6306 0.0707".split()
+    printed += "0.0202 0.0043 34.0374 1.8413 0.7344 0.0858 0.2942 0.0307".split()
+    columns = [*evaluate.TABLE2.values(), *evaluate.TABLE3.values()]
+    assert " ".join(paper for *_, paper in columns).replace(" ±", "").split() == printed
+
+
+# --------------------------------------------------------------------------------------------------
+# What is painted
+
+
+def test_a_run_and_its_original(evaluate_, run, home, micro, monkeypatch):
+    flags = [run, "--judges", "taste", "--metrics", "rmse", "entropy_1d", "--images_per_prompt", 2]
+    code, out, err = evaluate_(*flags)
+    assert code == 0, err
+    original, aligned = out.index("| micro (original) |"), out.index("| micro-js |")
+    assert original < aligned and "**" in out and "SD v1.5" not in out
+    assert len(scores(home, "micro-js", "taste")) == 4 and len(scores(home, "micro", "rmse")) == 2
+    # the prompts are those the run held out, seeds are shared, images are those of generate()
+    held_out = json.loads((run / "config.json").read_text())["held_out"]
+    assert len(held_out) == 2
+    pipe = load_pipeline(micro)
+    expected = [generate(pipe, [held_out[1]], [seed_of(1, 1)], 2, 3.0)[0]]
+    load_policy(pipe.unet, str(run))
+    expected.append(generate(pipe, [held_out[1]], [seed_of(1, 1)], 2, 3.0)[0])
+    painted = []
+    for label, image in zip(("micro", "micro-js"), expected):
+        painted.append(np.array(Image.open(home / label / "images/00001_1.png")).astype(int))
+        assert np.abs(np.array(to_pil(image)).astype(int) - painted[-1]).max() <= 1
+    assert np.abs(painted[0] - painted[1]).max() > 1
 
     # a second call computes nothing: neither model nor judge nor metric is touched
     def never(*_, **__):
         raise AssertionError("computed again")
-    stamp = (home / "micro-js" / "scores.csv").stat().st_mtime_ns
-    with monkeypatch.context() as m:
-        for name in ("load_pipeline", "load_judge", "generate", "rmse", "entropy_1d", "metric_parts", "read_image"):
-            m.setattr(evaluate, name, never)
-        code, again, err = evaluate_(run, "--judges", "taste", "--metrics", "rmse", "entropy_1d", "--images_per_prompt", 2)
-    assert code == 0 and (home / "micro-js" / "scores.csv").stat().st_mtime_ns == stamp
-    assert again.split("### ")[1:2] == out.split("### ")[1:2]
 
-    # another metric and one more image a prompt: only what is missing
-    painted = []
-    real = evaluate.generate
-    with monkeypatch.context() as m:
-        m.setattr(evaluate, "generate", lambda pipe, prompts, *a, **k: painted.extend(prompts) or real(pipe, prompts, *a, **k))
-        code, _, err = evaluate_(run, "--judges", "none", "--metrics", "psnr", "--images_per_prompt", 3)
-    assert code == 0 and len(painted) == 2 * 2, err
-    assert len(table(home / "micro" / "pairs.csv")) == 6
+    files = [home / "micro-js/scores/taste.csv", home / "micro/images/00000_0.png"]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    with monkeypatch.context() as patch:
+        for name in ("load_pipeline", "load_metric", "generate", "read_image", "measure"):
+            patch.setattr(evaluate, name, never)
+        code, again, err = evaluate_(*flags)
+    assert code == 0 and [file.stat().st_mtime_ns for file in files] == stamps
+    assert again.splitlines()[:-1] == out.splitlines()[:-1]  # but for the time it took
+
+    # one more image a prompt: only that is painted
+    seeds = []
+
+    def note(pipe, prompts, those, *more):
+        seeds.extend(those)
+        return generate(pipe, prompts, those, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "generate", note)
+        code, _, err = evaluate_(*flags[:-1], 3)
+    assert code == 0 and seeds == 2 * [seed_of(0, 2), seed_of(1, 2)], err
+    assert len(scores(home, "micro", "rmse")) == 6
 
 
-def test_other_settings_are_refused(evaluate_, run, tmp_path):
-    flags = ["--judges", "taste", "--metrics", "none", "--images_per_prompt", 1]
+def test_sampler_settings_are_the_runs(command, run, home):
+    flags = [*TASTE_ALONE, "--images_per_prompt", 1, "--device", "cpu", "--output_dir", home]
+    assert command("evaluate.py", run, *flags)[0] == 0
+    for label in ("micro", "micro-js"):
+        settings = json.loads((home / label / "settings.json").read_text())
+        assert (settings["num_inference_steps"], settings["guidance_scale"]) == (4, 3.0)
+
+
+def test_other_settings_are_refused(evaluate_, run, home, tmp_path):
+    flags = [*TASTE_ALONE, "--images_per_prompt", 1]
     assert evaluate_(run, *flags)[0] == 0
-    code, _, err = evaluate_(run, *flags, "--guidance_scale", 2)
-    assert code == 2 and "guidance_scale 5.0, now 2.0" in err and "another --output_dir" in err and err.count("\n") == 1
-    other = tmp_path / "p.txt"
-    other.write_text("a moon\na sun")
-    code, _, err = evaluate_(run, *flags, "--prompts", other)
-    assert code == 2 and "prompt 0 was" in err
-    copy = tmp_path / "copy" / "micro-js"
-    shutil.copytree(run, copy)
-    state = sample.lora_state(pipe_with(copy).unet)
-    from safetensors.torch import save_file
-    save_file({k: v + 1 for k, v in state.items()}, copy / LORA_FILE)
-    code, _, err = evaluate_(copy, *flags)
-    assert code == 2 and "another lora" in err
+    before = (home / "micro/images/00000_0.png").read_bytes()
+    copy = shutil.copytree(run, tmp_path / "copy" / "micro-js")
+    state = load_file(copy / LORA_FILE)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, copy / LORA_FILE)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a moon\na sun")
+    others = [
+        ([run, "--guidance_scale", 2], "guidance_scale"),
+        ([run, "--prompts", prompts], "prompts"),
+        ([copy], "weights"),
+    ]
+    for argv, name in others:
+        code, _, err = evaluate_(*argv, *flags)
+        assert code == 2 and f"has images of other {name}: take another" in last_line(err)
+        assert err.count("\n") == 1
+    assert (home / "micro/images/00000_0.png").read_bytes() == before
 
 
-def pipe_with(run):
-    pipe = sample.load_pipeline(json.load(open(os.path.join(run, "config.json")))["args"]["model"])
-    sample.load_lora(pipe.unet, str(run))
-    return pipe
-
-
-def test_loras_and_models(evaluate_, run, micro, prompts_file, tmp_path):
-    flags = ["--judges", "taste", "--metrics", "none", "--images_per_prompt", 1, "--num_prompts", 2, "--prompts", prompts_file]
+def test_loras_whole_unets_and_models(evaluate_, run, micro, prompts_file, home, tmp_path):
     lone = tmp_path / "mine.safetensors"
-    shutil.copy(os.path.join(run, LORA_FILE), lone)
     bare = tmp_path / "bare"
     bare.mkdir()
-    shutil.copy(lone, bare / LORA_FILE)
-    code, out, err = evaluate_(lone, bare, micro, *flags, "--model", micro)
+    for copy in (lone, bare / LORA_FILE):
+        shutil.copy(run / LORA_FILE, copy)
+    full = Policy(load_pipeline(micro).unet, full=True)
+    shake(full)
+    full.save(str(tmp_path / "full"))
+    flags = [*TASTE_ALONE, "--images_per_prompt", 1, "--num_prompts", 2, "--prompts", prompts_file]
+    targets = [lone, bare, tmp_path / "full", micro]
+    code, out, err = evaluate_(*targets, *flags, "--model", micro)
     assert code == 0, err
-    assert out.count("| micro (original) |") == 2 and "| mine |" in out and "| bare |" in out
-    assert table(tmp_path / "out/mine/scores.csv")[0]["taste"] == table(tmp_path / "out/bare/scores.csv")[0]["taste"]
+    labels = [line.split("|")[1].strip() for line in out.split("###")[1].splitlines()[4:8]]
+    assert labels == ["micro (original)", "mine", "bare", "full"]
+    values = {name: scores(home, name, "taste") for name in ("micro", "mine", "bare", "full")}
+    assert values["mine"] == values["bare"] != values["micro"] != values["full"]
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests have it: other numbers of threads paint other last bits
+def test_what_the_toy_is_measured_by(evaluate_, home):
+    """Its folder's train.json and prompts.txt say it: no weights, and what train.py holds out."""
+    code, out, err = evaluate_("toy", "--num_prompts", 2, "--images_per_prompt", 2)
+    assert code == 0, err
+    done = {path.stem for path in (home / "toy/scores").iterdir()}
+    assert done == {"taste", "rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d"}
+    held_out = hold_out(TOY_PROMPTS, 40)[1]
+    assert len(held_out) == 40
+    assert evaluate.own_prompts(evaluate.Row(TOY, TOY, {})) == held_out
+    assert json.loads((home / "toy/settings.json").read_text())["prompts"] == held_out[:2]
 
 
-def test_a_killed_call_goes_on(run, tmp_path, evaluate_):
-    """Killed while it paints and while it scores; what was there stays, the end is the same."""
-    flags = [run, "--judges", "taste", "--metrics", "rmse", "--images_per_prompt", 2]
-    assert evaluate_(*flags)[0] == 0
-    want = (tmp_path / "out/table3.md").read_text(), (tmp_path / "out/micro-js/pairs.csv").read_text()
-    home = tmp_path / "killed"
-    argv = [sys.executable, "-c", "import sys, os; sys.path.insert(0, sys.argv[1]); import evaluate, sample\n"
-            "real, left = evaluate.write_png, [3]\n"
-            "def write(*a):\n    left[0] -= 1\n    real(*a) if left[0] else os.kill(os.getpid(), 9)\n"
-            "evaluate.write_png = write\nsys.argv = ['evaluate.py', *sys.argv[2:]]\nsample.run_cli(evaluate.main)", ROOT,
-            *map(str, [*flags, "--output_dir", home, *SMALL])]
-    assert subprocess.run(argv, capture_output=True, env=ONE_THREAD).returncode == -9
-    painted = {f: (home / "micro/images" / f).stat().st_mtime_ns for f in os.listdir(home / "micro/images") if f.endswith(".png")}
+# --------------------------------------------------------------------------------------------------
+# What is there
+
+
+def test_a_killed_call_goes_on(run, tmp_path):
+    """Killed while it paints and while it scores: what was there stays, the end is the same."""
+    flags = [run, "--judges", "taste", "--metrics", "rmse", "--images_per_prompt", 2, *SMALL]
+    whole, home = tmp_path / "whole", tmp_path / "killed"
+
+    def call(out, kill=None):
+        argv = "evaluate.py", *flags, "--output_dir", out
+        return Child(*argv, kill=kill, environment={"OMP_NUM_THREADS": "1"}).wait()
+
+    assert call(whole)[0] == 0
+    assert call(home, ("KILL", "evaluate", "write_png", 3))[0] == -9
+    painted = {path: path.stat().st_mtime_ns for path in home.glob("micro/images/*.png")}
     assert len(painted) == 2
-    code = argv[2].replace("write_png", "save_scores").replace("left = evaluate.save_scores, [3]", "left = evaluate.save_scores, [2]")
-    assert subprocess.run([*argv[:2], code, *argv[3:]], capture_output=True, env=ONE_THREAD).returncode == -9
-    assert all((home / "micro/images" / f).stat().st_mtime_ns == t for f, t in painted.items())
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), *argv[4:]], capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    assert ((home / "table3.md").read_text().replace(str(home), str(tmp_path / "out")), (home / "micro-js/pairs.csv").read_text()) == want
+    assert call(home, ("KILL", "evaluate", "write_csv", 2))[0] == -9  # of the original is the first
+    assert [path.stem for path in home.glob("*/scores/*.csv")] == ["taste"]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in painted.items())
+    code, printed = call(home)
+    assert code == 0, printed
+    files = ["table2.md", "table3.md", "summary.csv", "micro-js/scores/rmse.csv"]
+    assert all((home / name).read_text() == (whole / name).read_text() for name in files)
 
 
-def test_changed_images_are_scored_again(evaluate_, folder, tmp_path):
+def test_two_calls_share_a_folder(evaluate_, folder, monkeypatch):
+    """One judge a GPU: either call ends with all the columns that are there."""
+    monkeypatch.setitem(JUDGES, "bright", Bright)
+    assert evaluate_(folder, *TASTE_ALONE)[0] == 0
+    code, out, _ = evaluate_(folder, "--judges", "bright", "--metrics", "none")
+    head = out.split("###")[1].splitlines()[2]
+    assert code == 0 and head.startswith("| model | bright ↑ | taste ↑ | prompt following ↑ |")
+    assert out.count("not run") == 6 + 8
+
+
+def test_changed_images_are_scored_again(evaluate_, folder, home, tmp_path):
     flags = [folder, "--judges", "taste", "--metrics", "rmse", "entropy_1d"]
     assert evaluate_(*flags)[0] == 0
-    before = table(tmp_path / "out/theirs/pairs.csv")
-    Image.fromarray(picture(9, 9)).save(folder / "1_1.png")
+    before = scores(home, "theirs", "rmse")
+    save_picture(folder / "1_1.png", 9, 9)
     assert evaluate_(*flags)[0] == 0
-    after = table(tmp_path / "out/theirs/pairs.csv")
-    assert [x["rmse"] != y["rmse"] for x, y in zip(before, after)] == [False, True, False]
-    assert float(after[1]["rmse"]) == evaluate.rmse(picture(1, 0), picture(9, 9))
+    after = scores(home, "theirs", "rmse")
+    assert [x == y for x, y in zip(before, after)] == [True, False, True]
+    assert after[1] == diversity.rmse(picture(1, 0), picture(9, 9))
+    # what does not fit is no part of the tables
+    save_picture(folder / "1_1.png", 8, 8)
+    code, out, _ = evaluate_(folder, *TASTE_ALONE)
+    assert code == 0 and "- rmse: not asked for" in out
 
 
-def test_fewer_images_or_prompts_for_once_lose_nothing(evaluate_, folder, tmp_path, monkeypatch):
-    flags = [folder, "--judges", "taste", "--metrics", "rmse"]
+def test_other_prompts_are_judged_again(evaluate_, folder, home, monkeypatch):
+    monkeypatch.setitem(JUDGES, "bright", Bright)
+    flags = [folder, "--judges", "bright", "--metrics", "none"]
     assert evaluate_(*flags)[0] == 0
-    files = [tmp_path / "out/theirs" / f for f in ("scores.csv", "pairs.csv")]
-    before = [table(f) for f in files]
-    assert evaluate_(*flags, "--num_prompts", 2)[0] == 0 and "2 prompts x 2 images" in (tmp_path / "out/table3.md").read_text()
-    assert evaluate_(folder, "--judges", "taste", "--metrics", "entropy_1d", "--num_prompts", 1, "--images_per_prompt", 1)[0] == 0
-    monkeypatch.setattr(evaluate, "load_judge", None)
-    monkeypatch.setattr(evaluate, "rmse", None)
+    before = scores(home, "theirs", "bright")
+    (folder / "prompts.txt").write_text("\n".join(prompt + "!" for prompt in PROMPTS))
     assert evaluate_(*flags)[0] == 0
-    after = [table(f) for f in files]
-    assert after[1] == before[1] and [{k: r[k] for k in before[0][0]} for r in after[0]] == before[0]
-    assert [bool(r["entropy_1d"]) for r in after[0]] == [True] + [False] * 5
+    assert scores(home, "theirs", "bright") == pytest.approx([x + 1 for x in before])
 
 
-def test_two_folders_of_other_sizes(evaluate_, folder, tmp_path):
+def test_a_broken_score_file_is_computed_again(evaluate_, folder, home):
+    assert evaluate_(folder, *TASTE_ALONE)[0] == 0
+    path = home / "theirs/scores/taste.csv"
+    whole = path.read_text()
+    for broken in ("", "prompt_index,image\nx,y\n", whole.splitlines()[0]):
+        path.write_text(broken)
+        assert evaluate_(folder, *TASTE_ALONE)[0] == 0
+        assert path.read_text() == whole
+
+
+# --------------------------------------------------------------------------------------------------
+# What folders of images may look like
+
+
+def test_two_folders_of_other_sizes(evaluate_, folder, home, tmp_path):
     more = shutil.copytree(folder, tmp_path / "more")
     for p in range(3):
-        Image.fromarray(picture(p, 2)).save(more / f"{p}_2.png")
+        save_picture(more / f"{p}_2.png", p, 2)
     flags = ["--judges", "taste", "--metrics", "rmse"]
-    assert evaluate_(folder, more, *flags)[0] == 0  # the smaller K is what both have
-    assert len(table(tmp_path / "out/more/pairs.csv")) == 3
+    assert evaluate_(folder, more, *flags)[0] == 0  # the first folder says how many
+    assert len(scores(home, "more", "rmse")) == 3
     code, _, err = evaluate_(more, folder, *flags)
-    assert code == 2 and "has 2 images, not 3" in err and "--images_per_prompt 2" in err
+    assert code == 2 and "theirs has 2 images 0_K.png, not 3" in err
     (more / "prompts.txt").write_text("\n".join(PROMPTS[::-1]))
-    code, _, err = evaluate_(folder, more, *flags, "--prompts", folder / "prompts.txt")
-    assert code == 2 and "does not match the prompts in use: prompt 0" in err and err.count("\n") == 1
+    for more_flags in ([], ["--prompts", folder / "prompts.txt"]):
+        code, _, err = evaluate_(folder, more, *flags, *more_flags)
+        assert code == 2 and "has other prompts than those in use" in err and err.count("\n") == 1
+
+
+def test_two_things_of_one_name(evaluate_, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other" / "theirs")
+    code, _, err = evaluate_(folder, other, *TASTE_ALONE)
+    assert code == 2 and "both called theirs: rename one" in err and err.count("\n") == 1
+    assert evaluate_(folder, folder, *TASTE_ALONE)[0] == 0
 
 
 def test_output_among_the_images(evaluate_, folder):
-    code, _, err = evaluate_(folder, "--judges", "taste", "--metrics", "rmse", "--output_dir", folder / "out")
-    assert code == 2 and "lies in the folder of images" in err and not (folder / "out").exists()
+    flags = [folder, "--judges", "taste", "--metrics", "rmse", "--output_dir", folder / "out"]
+    for _ in range(2):
+        assert evaluate_(*flags)[0] == 0
+    assert (folder / "out/theirs/scores/taste.csv").exists()
 
 
-def test_prompts_with_commas_quotes_and_other_scripts(evaluate_, folder, tmp_path):
+def test_prompts_of_other_scripts(evaluate_, folder, home):
     prompts = ['a "red", blue thing', "солнце, 太陽 ☀", "a cat; a 'dog'"]
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    for _ in range(2):
-        assert evaluate_(folder, "--judges", "taste", "--metrics", "none")[0] == 0
-        assert [r["prompt"] for r in table(tmp_path / "out/theirs/scores.csv")][::2] == prompts
-    line = next(x for x in (tmp_path / "out/table2.md").read_text().splitlines() if x.startswith("| theirs |"))
-    assert line.split("|")[3].strip() == "-"  # prompt following: nothing is named that the toy's checker knows
+    code, out, _ = evaluate_(folder, *TASTE_ALONE)
+    # the toy's checker knows none of these words
+    assert code == 0 and "prompt following of theirs: 6 values nan or inf, left out" in out
 
 
 @pytest.mark.parametrize("layout", ["{p:05d}_{k}.png", "{p}/{k}.png"])
-def test_layouts(evaluate_, tmp_path, layout):
+def test_layouts(evaluate_, home, tmp_path, layout):
     for p in range(2):
         for k in range(2):
-            path = tmp_path / "m" / layout.format(p=p, k=k)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture(p, k)).save(path)
+            save_picture(tmp_path / "m" / layout.format(p=p, k=k), p, k)
+    (tmp_path / "m" / "notes.md").write_text("of mine")
     assert evaluate_(tmp_path / "m", "--judges", "none", "--metrics", "rmse")[0] == 0
-    assert [(r["prompt_index"], r["image_1"], r["image_2"]) for r in table(tmp_path / "out/m/pairs.csv")] == [("0", "0", "1"), ("1", "0", "1")]
+    expected = [diversity.rmse(picture(p, 0), picture(p, 1)) for p in range(2)]
+    assert scores(home, "m", "rmse") == expected
 
 
 def test_one_image_a_prompt(evaluate_, tmp_path):
-    (tmp_path / "m").mkdir()
     for p in range(2):
-        Image.fromarray(picture(p, 0)).save(tmp_path / "m" / f"{p}.png")
-    code, _, err = evaluate_(tmp_path / "m", "--judges", "taste", "--metrics", "rmse")
-    assert code == 2 and "needs two" in err and "--metrics entropy_1d entropy_2d" in err
-    assert evaluate_(tmp_path / "m", "--judges", "taste", "--metrics", "entropy_1d")[0] == 0
-
-
-def test_a_black_image_is_counted(evaluate_, folder, tmp_path):
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "2_1.png")
-    Image.fromarray(picture(0, 0)).save(folder / "0_1.png")  # and a pair of identical images
-    code, out, err = evaluate_(folder, "--judges", "taste", "--metrics", "fsim", "psnr")
+        save_picture(tmp_path / "m" / f"{p}.png", p, 0)
+    flags = ["--judges", "taste", "--metrics"]
+    code, _, err = evaluate_(tmp_path / "m", *flags, "rmse")
+    assert code == 2 and "rmse compares the images of a prompt" in last_line(err)
+    code, out, err = evaluate_(tmp_path / "m", *flags, "entropy_1d")
     assert code == 0, err
-    assert "fsim of theirs: 1 of 3 values are nan, such as that of 2_0.png and 2_1.png" in out
-    assert "psnr of theirs: 1 of 3 values are inf, such as that of 0_0.png and 0_1.png" in out
-    summary = {r["metric"]: r for r in table(tmp_path / "out/summary.csv")}
-    assert summary["fsim"]["left_out"] == "1" and summary["fsim"]["prompts"] == "2" and math.isfinite(float(summary["fsim"]["mean"]))
+    code, out, err = evaluate_(tmp_path / "m")  # nobody named rmse: its cell says why
+    assert code == 0 and "- rmse: rmse compares the images of a prompt" in out, err
 
 
-def test_missing_weights_are_a_visible_cell(evaluate_, folder, tmp_path):
+def test_missing_weights_are_a_visible_cell(evaluate_, folder, home, tmp_path):
     empty = tmp_path / "w"
     empty.mkdir()
     code, out, err = evaluate_(folder, "--weights", empty)
     assert code == 0, err  # nobody named them: the rest is done, the cells say why not
     for name in (*evaluate.TABLE2, "lpips", "clip_i"):
-        assert f"{name}: " in out
-    assert out.count("is not there") == 8 and "hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir" in out and f"--weights {empty}" in out
-    assert "0.0" in (tmp_path / "out/table3.md").read_text()
-    code, out, err = evaluate_(folder, "--weights", empty, "--judges", "taste,hps", "--metrics", "rmse")
-    assert code == 2 and err.splitlines()[-1].startswith("evaluate.py: asked for, but not run: hps;")
-    assert (tmp_path / "out/theirs/pairs.csv").exists()
-    code, out, _ = evaluate_(folder, "--judges", "pickscore", "--metrics", "none")  # the hub, out of reach
-    assert code == 2 and "the hub is out of reach: hf download" in out
+        assert f"- {name}: " in out
+    assert out.count("is not there") == 8 and "hf download xswu/HPSv2 HPS_v2_compressed.pt" in out
+    assert len(scores(home, "theirs", "rmse")) == 3
+    flags = ["--judges", "taste", "hps", "--metrics", "rmse"]
+    code, out, err = evaluate_(folder, "--weights", empty, *flags)
+    assert code == 2 and "hf download xswu/HPSv2" in last_line(err)
+    code, out, err = evaluate_(folder, "--judges", "pickscore", "--metrics", "none")
+    assert code == 2 and "the hub is out of reach: hf download" in last_line(err)
+
+
+def test_skip_bad_scores_the_rest(evaluate_, folder, home):
+    (folder / "1_1.png").write_bytes(b"\x89PNG broken")
+    (folder / "grid.bmp").write_text("x")
+    flags = [folder, "--judges", "taste", "--metrics", "rmse"]
+    code, _, err = evaluate_(*flags)
+    assert code == 2 and "2 files are no whole images P_K.png" in err
+    code, out, err = evaluate_(*flags, "--skip_bad")
+    assert code == 0 and "- theirs: 2 bad files skipped" in out, err
+    assert len(scores(home, "theirs", "taste")) == 5 and len(scores(home, "theirs", "rmse")) == 2
+
+
+def test_the_papers_prompts_are_hpdv2s_json(evaluate_, folder, home, tmp_path):
+    weights = tmp_path / "w"
+    (weights / "HPDv2").mkdir(parents=True)
+    items = [{"prompt": prompt, "image_path": ["a.jpg"], "rank": [1]} for prompt in PROMPTS]
+    (weights / "HPDv2/test.json").write_text(json.dumps(items))
+    flags = [*TASTE_ALONE, "--prompts", "hpdv2", "--weights", weights]
+    assert evaluate_(folder, *flags)[0] == 0  # prompts.txt says the same
+    (folder / "prompts.txt").write_text("\n".join(["a cat", *PROMPTS[1:]]))
+    code, _, err = evaluate_(folder, *flags)
+    assert code == 2 and "has other prompts than those in use" in err
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def remove_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def shrink_prompt_0(folder):
+    for k in range(2):
+        save_picture(folder / f"0_{k}.png", 0, k, 30)
+
+
+def nothing(folder):
+    pass
 
 
 BAD = [
-    (lambda f: [os.remove(f / x) for x in os.listdir(f)], [], "no images in"),
-    (lambda f: (f / "1_1.png").write_bytes((f / "1_1.png").read_bytes()[:60]), [], "1 of 6 files are not whole images P_K.png, such as"),
-    (lambda f: (f / "1_1.png").write_text("not an image"), [], "1 of 6 files"),
-    (lambda f: (f / "cat.gif").write_text("x"), [], "1 of 7 files"),
-    (lambda f: Image.fromarray(picture(1, 1, 30)).save(f / "1_1.png"), [], "must be of one size"),
-    (lambda f: os.remove(f / "1_1.png"), [], "prompt 1 has 1 images, not 2"),
-    (lambda f: Image.fromarray(picture(1, 1)).save(f / "7_0.png"), [], "images of prompt 7, but there are 3 prompts"),
-    (lambda f: (f / "prompts.txt").write_text("a\nb\nc\nd"), [], "no image of 1 of the 4 prompts, such as prompt 3"),
+    (remove_all, [], "nothing to score"),
+    (lambda f: truncate(f / "1_1.png"), [], "1 files are no whole images P_K.png"),
+    (lambda f: (f / "1_1.png").write_text("not an image"), [], "1_1.png"),
+    (lambda f: (f / "cat.gif").write_text("x"), [], "cat.gif"),
+    (lambda f: save_picture(f / "1_1.png", 1, 1, 30), [], "rmse needs one size"),
+    (lambda f: os.remove(f / "1_1.png"), [], "has 1 images 1_K.png, not 2"),
+    (lambda f: save_picture(f / "7_0.png", 1, 1), [], "images of 4 prompts, but there are 3"),
+    (lambda f: (f / "prompts.txt").write_text("a\nb\nc\nd"), [], "has 0 images 3_K.png"),
     (lambda f: (f / "prompts.txt").write_text(""), [], "is empty"),
     (lambda f: os.remove(f / "prompts.txt"), ["--judges", "clipscore"], "needs the prompts"),
-    (lambda f: Image.fromarray(picture(1, 1)).save(f / "1_1.jpg"), [], "are both image 1 of prompt 1"),
-    (lambda f: [Image.fromarray(picture(0, k, 30)).save(f / f"0_{k}.png") for k in range(2)], ["--metrics", "rmse", "lpips"], "lpips needs 31 pixels"),
-    (lambda f: None, ["--images_per_prompt", 3], "has 2 images, not 3"),
-    (lambda f: None, ["--images_per_prompt", 0], "--images_per_prompt must lie"),
-    (lambda f: None, ["--images_per_prompt", 1], "needs two"),
-    (lambda f: None, ["--judges", "mother"], "unknown 'mother'"), (lambda f: None, ["--metrics", "fid"], "unknown 'fid'"),
-    (lambda f: None, ["--metrics", "none", "--judges", "none"], "nothing to compute"),
-    (lambda f: None, ["--weights", "nowhere", "--judges", "hps"], "no weights folder"),
-    (lambda f: None, ["--device", "abacus"], "unknown device"), (lambda f: None, ["--batch_size", 0], "--batch_size"),
-    (lambda f: None, ["--prompts", "hpdv2"], "HPDv2 test prompts cannot be had"), (lambda f: None, ["--prompts", "nowhere.txt"], "cannot read prompts file"),
+    (lambda f: save_picture(f / "1_1.jpg", 1, 1), [], "are both image 1 of prompt 1"),
+    (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs one size, from 31 pixels"),
+    (nothing, ["--images_per_prompt", 3], "has 2 images 0_K.png, not 3"),
+    (nothing, ["--images_per_prompt", -1], "--images_per_prompt must lie"),
+    (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),
+    (nothing, ["--judges", "mother"], "invalid choice: 'mother'"),
+    (nothing, ["--metrics", "fid"], "invalid choice: 'fid'"),
+    (nothing, ["--weights", "nowhere", "--judges", "hps"], "no weights folder"),
+    (nothing, ["--device", "abacus"], "unknown device"),
+    (nothing, ["--batch_size", 0], "--batch_size must lie"),
+    (nothing, ["--prompts", "hpdv2"], "HPDv2 test prompts cannot be had"),
+    (nothing, ["--prompts", "nowhere.txt"], "cannot read prompts file"),
 ]
 
 
-@pytest.mark.parametrize("spoil, flags, words", BAD, ids=lambda v: v if isinstance(v, str) else None)
-def test_bad_input(evaluate_, folder, tmp_path, spoil, flags, words):
+@pytest.mark.parametrize("spoil, flags, words", BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input(evaluate_, folder, home, tmp_path, weights_dir, spoil, flags, words):
     spoil(folder)
-    defaults = {"--judges": ["taste"], "--metrics": ["rmse"]}
-    more = [x for k, v in defaults.items() if k not in flags for x in (k, *v)]
-    code, _, err = evaluate_(folder, *flags, *more)
-    assert code == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err, err
-    assert not (tmp_path / "out" / "theirs" / "scores.csv").exists()
+    for name, value in {"--judges": "none", "--metrics": "rmse"}.items():
+        if name not in flags:
+            flags = [*flags, name, value]
+    if "lpips" in flags:
+        flags = [*flags, "--weights", weights_dir]
+    code, _, err = evaluate_(folder, *flags)
+    assert code == 2 and words in last_line(err) and "Traceback" not in err, err
+    assert last_line(err).startswith("evaluate.py: ")
+    assert "lpips" in flags or not list(home.glob("*/scores/*.csv"))
 
 
-def test_skip_bad_scores_the_rest(evaluate_, folder, tmp_path):
-    (folder / "1_1.png").write_bytes(b"\x89PNG broken")
-    (folder / "grid.bmp").write_text("x")
-    code, out, err = evaluate_(folder, "--judges", "taste", "--metrics", "rmse", "--skip_bad")
-    assert code == 0 and "2 files were no whole images and were skipped" in out, err
-    assert len(table(tmp_path / "out/theirs/scores.csv")) == 5 and len(table(tmp_path / "out/theirs/pairs.csv")) == 2
-
-
-@pytest.mark.parametrize("target, words", [("nowhere", "nothing to score"), ("./nowhere/at", "nothing to score"), (".", "no images in")])
-def test_targets(evaluate_, tmp_path, monkeypatch, target, words):
+@pytest.mark.parametrize("target", ["nowhere", "./nowhere/at", "out/run-that-is-not", "."])
+def test_targets(evaluate_, tmp_path, monkeypatch, target):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    code, _, err = evaluate_(target, "--judges", "taste", "--metrics", "none")
-    assert code == 2 and words in err and err.count("\n") == 1
+    code, _, err = evaluate_(target, *TASTE_ALONE)
+    assert code == 2 and "nothing to score" in err and err.count("\n") == 1
+
+
+def test_a_model_that_does_not_say_its_prompts(evaluate_, micro):
+    code, _, err = evaluate_(micro, *TASTE_ALONE)
+    assert code == 2 and "which prompts?" in err and err.count("\n") == 1
 
 
 def test_broken_runs(evaluate_, run, tmp_path):
-    flags = ["--judges", "taste", "--metrics", "none", "--images_per_prompt", 1]
+    flags = [*TASTE_ALONE, "--images_per_prompt", 1]
     copy = shutil.copytree(run, tmp_path / "r")
-    os.remove(copy / LORA_FILE)
-    code, _, err = evaluate_(copy, *flags)
-    assert code == 2 and f"has no {LORA_FILE}" in err
+    config = (copy / "config.json").read_text()
     (copy / "config.json").write_text("{")
     code, _, err = evaluate_(copy, *flags)
-    assert code == 2 and "not that of a run" in err
-    out = tmp_path / "out" / "micro-js"
-    assert evaluate_(run, *flags)[0] == 0
-    (out / "scores.csv").write_text("prompt_index,image\nx,y\n")
-    code, _, err = evaluate_(run, *flags)
-    assert code == 2 and "delete it, and it is computed again" in err
-
-
-def test_the_papers_prompts_are_hpdv2s_json(evaluate_, folder, tmp_path, tiny_judges):
-    w = tmp_path / "w" / "HPDv2"
-    w.mkdir(parents=True)
-    (w / "test.json").write_text(json.dumps([{"prompt": p, "image_path": ["a.jpg"], "rank": [1]} for p in PROMPTS]))
-    os.remove(folder / "prompts.txt")
-    assert evaluate_(folder, "--judges", "taste", "--metrics", "none", "--prompts", "hpdv2", "--weights", w.parent)[0] == 0
-    assert [r["prompt"] for r in table(tmp_path / "out/theirs/scores.csv")][::2] == PROMPTS
-
-
-def test_best_is_bold_the_right_way_round():
-    rows = [evaluate.Row(x, None, None) for x in "ab"]
-    results = {(x, "psnr"): dict(mean=m, sd=1., se=.5, prompts=4, left_out=0, of=4, example=None) for x, m in (("a", 30.), ("b", 32.))}
-    text = evaluate.make_table("t", {"psnr": evaluate.TABLE3["psnr"]}, rows, results, {}, False)
-    assert "| a | **30.00 ± 1.00** (0.50) |" in text and "| b | 32.00 ± 1.00 (0.50) |" in text and "PSNR ↓" in text
-
-
-def test_train_and_evaluate_hold_out_the_same(micro):
-    a, b = evaluate.hold_out(toy.prompts(), 40)
-    args = train.parse(["--model", "toy"])[0]
-    assert train.split_prompts(args) == (a, b) and len(b) == 40 and not set(a) & set(b)
+    assert code == 2 and "no readable config.json" in err and err.count("\n") == 1
+    (copy / "config.json").write_text(config)
+    os.remove(copy / LORA_FILE)
+    code, _, err = evaluate_(copy, *flags)
+    assert code == 2 and "nothing to score" in err and err.count("\n") == 1
 
 
 def test_golden_files_say_where_they_come_from():
