@@ -229,6 +229,11 @@ def save_pictures(folder, prompts, reference, images, epoch):
     write_file(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
+def read_log(folder, kind):
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        return [record for record in map(json.loads, file) if record["kind"] == kind]
+
+
 def running_mean(values, width=9):
     """(n,) -> (n,), over fewer values at the ends."""
     window = np.ones(min(width, len(values)))
@@ -240,9 +245,7 @@ def draw_curves(folder):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")  # no window, even where there is a screen
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        records = [json.loads(line) for line in file]
-    lines = {kind: [r for r in records if r["kind"] == kind] for kind in ("step", "rollout")}
+    lines = {kind: read_log(folder, kind) for kind in ("step", "rollout")}
     if not lines["step"]:
         return
     first = ("rollout", "judge_final") if lines["rollout"] else ("step", "margin")

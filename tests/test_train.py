@@ -546,7 +546,7 @@ def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path)
 
 
 def test_a_preview_decoder_paints_for_the_judge(command, small_run, tmp_path):
-    from test_model import tiny_decoder
+    from test_fast import tiny_decoder
 
     tiny, out = tiny_decoder(tmp_path / "tiny"), tmp_path / "r"
     flags = ["--max_train_steps", 1, "--output_dir", out]
