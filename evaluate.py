@@ -183,7 +183,7 @@ def choose_prompts(args, rows):
     """Those of --prompts, or of the rows, which must agree on them."""
     path = args.prompts
     if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
-        path = weights.find_hpdv2_prompts(args.weights)
+        path = weights.find("ymhao/HPDv2", "test.json", args.weights, "dataset")
     own = [own_prompts(row) for row in rows]
     prompts = read_prompts(path) if path else max(own, key=len)
     for row, theirs in zip(rows, own):

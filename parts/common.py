@@ -34,6 +34,8 @@ def run_cli(main):
     try:
         main()
     except (UserError, OSError, SafetensorError) as error:
+        if os.environ.get("DEBUG"):  # DEBUG=1 python train.py ...: where it came from
+            raise
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
@@ -71,7 +73,9 @@ def progress_bar(total=None, **options):
     if total is not None:
         count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
         options["bar_format"] = "{l_bar}{bar}| " + count
-    warnings.filterwarnings("ignore", category=TqdmWarning)  # 20 x 0.8 is a hair more than 16
+    warnings.filterwarnings(
+        "ignore", category=TqdmWarning
+    )  # rounded fractions sum to a hair more than the total
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
@@ -84,7 +88,7 @@ def write_file(path, data):
 
     Raises UserError if the disk refuses; the old file is then still whole.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             if callable(data):

@@ -1,5 +1,5 @@
-"""How a flag of train.py gets its value: its table, the model's folder, the run that is resumed,
-the command line, each before the one after it."""
+"""How a flag of train.py gets its value: from its table, over that from the model's folder, over
+that from the run that is resumed, over that from the command line."""
 
 import argparse
 import json
@@ -54,6 +54,7 @@ def parse(argv, description, flags, sections, free_on_resume):
         args.output_dir = os.path.join("out", name + ("-pairs" if args.pairs else ""))
     if args.resume:
         args = resumed_args(parser, argv, args.output_dir, flags, free_on_resume)
+        why = "the run's own"
     elif os.path.exists(os.path.join(args.output_dir, "config.json")):
         fix = "--resume goes on with it, another --output_dir starts anew"
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")

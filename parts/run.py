@@ -12,7 +12,7 @@ kind "step": one optimiser step, means over its pairs, each counted once whateve
   loss            -log sigmoid(margin); ln 2 = 0.693 while the policy is the reference
   margin          beta f'(X_w) - beta f'(X_l)
   accuracy        share of pairs with X_w > X_l BEFORE they are trained on, ties 1/2. Above 0.5 is
-                  signal; at 0.5 the run is a random walk and needs a calmer setting
+                  signal; at 0.5 the run is a random walk: lower the learning rate
   X_w X_l         p_theta / p_ref of winner and loser before the clamp; their order is what counts
   log_X_w log_X_l means of log X: without a clamp single pairs rule the means of X itself
   clip_fraction   share of ratios that the clamp changed. Beyond 0.3 much of the gradient is gone:
@@ -54,19 +54,21 @@ class Run:
         self.state_path = os.path.join(folder, "state.pt")
 
     def begin(self, policy, opt, scaler):
-        """Writes a new run's first state, or goes on from the state that is there."""
-        if os.path.exists(self.state_path):
+        """Writes a new run's first state or, with --resume, goes on from the one that is there."""
+        resume, there = self.config["args"]["resume"], os.path.exists(self.state_path)
+        if resume:
             self.check_digest()
-            self.load(policy, opt, scaler)
-            print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
-        elif os.path.exists(self.log_path):
-            where = f"nothing to resume in {self.folder!r}"
-            raise UserError(f"{where}: its state.pt is gone; start again in another --output_dir")
-        else:
-            self.save(policy, opt, scaler)
+        if resume and not there and os.path.exists(self.log_path):
+            what = f"nothing to resume in {self.folder!r}: its state.pt is gone"
+            raise UserError(f"{what}; start again in another --output_dir")
         if self.rank == 0:
             config = json.dumps(self.config, indent=2) + "\n"
             write_file(os.path.join(self.folder, "config.json"), config)
+        if resume and there:
+            self.load(policy, opt, scaler)
+            print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
+        else:  # a run that was killed before its first state begins again
+            self.save(policy, opt, scaler)
 
     def check_digest(self):
         with open(os.path.join(self.folder, "config.json")) as file:

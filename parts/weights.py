@@ -5,6 +5,7 @@ A folder of weights (--weights DIR) has one subfolder per hub id, named by its l
 lie in DIR itself. Files are safetensors, or torch files of which only tensors are ever unpickled.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import socket
 import sys
 import warnings
+import zipfile
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -58,79 +60,50 @@ def find(repo, file=None, weights=None, repo_type="model"):
     weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at.
     """
     name = repo.split("/")[-1]
-    hint = f"hf download {repo}" + (f" {file}" if file else "")
-    if repo_type == "dataset":
-        hint += " --repo-type dataset"
+    command = f"hf download {repo} {file or ''} --repo-type {repo_type}"
     if weights:
-        places = [os.path.join(weights, name, file or "").rstrip("/")]
-        if file:
-            places.append(os.path.join(weights, file))
+        folder = os.path.join(weights, name)
+        places = [os.path.join(folder, file), os.path.join(weights, file)] if file else [folder]
         for place in places:
             if os.path.exists(place):
                 return place
-        folder = os.path.join(weights, name)
-        raise WeightsMissing(f"{places[0]} is not there: {hint} --local-dir {folder}")
+        raise WeightsMissing(f"{places[0]} is not there: {command} --local-dir {folder}")
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    local = hub_out_of_reach()
+    offline = hub_out_of_reach()
+    options = dict(repo_type=repo_type, local_files_only=offline)
     try:
         if file:
-            return hf_hub_download(repo, file, repo_type=repo_type, local_files_only=local)
+            return hf_hub_download(repo, file, **options)
         for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
-            where = snapshot_download(
-                repo,
-                local_files_only=local,
-                allow_patterns=["*.json", kind],
-                ignore_patterns=["open_clip*"],
-            )
-            if weight_files(where):
-                return where
+            wanted = dict(allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
+            folder = snapshot_download(repo, **wanted, **options)
+            if weight_files(folder):
+                return folder
         raise FileNotFoundError("no weights in it")
     except Exception as error:  # no network, no such file, no permission: a dozen types
-        why = "not downloaded, and the hub is out of reach" if local else first_line(error)
-        what = f"{repo} {file or ''}".strip()
-        raise WeightsMissing(f"weights {what}: {why}: {hint}") from error
+        why = "not downloaded, and the hub is out of reach" if offline else first_line(error)
+        raise WeightsMissing(f"weights {repo} {file or ''}: {why}: {command}") from error
 
 
-def find_url(url, weights=None):
+def find_url(url, weights=None, sha256=None):
     """Path of a file from a plain address, kept where torch.hub keeps its downloads."""
     name = unquote(url.split("/")[-1])
     path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
-    if os.path.exists(path):
-        return path
-    by_hand = f"curl -L -o '{path}' '{url}'"
-    if weights:
-        raise WeightsMissing(f"{path} is not there: {by_hand}")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=False)
-    except OSError as error:
-        raise WeightsMissing(f"cannot download {name} ({error}): {by_hand}") from error
+    command = f"curl -L -o '{path}' '{url}'"
+    if not os.path.exists(path):
+        if weights:
+            raise WeightsMissing(f"{path} is not there: {command}")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+        except OSError as error:
+            raise WeightsMissing(f"cannot download {name} ({error}): {command}") from error
+    if sha256:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise UserError(f"{path} is another file (its checksum differs): {command}")
     return path
-
-
-def find_spo_prompts(weights=None):
-    """Path of SPO's 4,000 training prompts (captions of Pick-a-Pic v1), downloaded and checked."""
-    try:
-        path = find_url(SPO_PROMPTS_URL, weights)
-    except WeightsMissing as error:
-        raise UserError(f"SPO's training prompts: {error}; or give --prompts FILE") from error
-    with open(path, "rb") as file:
-        if hashlib.sha256(file.read()).hexdigest() != SPO_PROMPTS_SHA256:
-            raise UserError(
-                f"{path} is not the file of SPO's 4,000 prompts (its checksum differs): "
-                "delete it, or give --prompts FILE"
-            )
-    return path
-
-
-def find_hpdv2_prompts(weights=None):
-    """Path of HPD v2's 400 test prompts, those of the paper's Tables 2 and 3."""
-    try:
-        return find("ymhao/HPDv2", "test.json", weights, repo_type="dataset")
-    except WeightsMissing as error:
-        why = f"the HPDv2 test prompts cannot be had ({error}); or give --prompts FILE"
-        raise UserError(why) from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,19 +118,15 @@ def first_line(error):
 
 def read_state(path):
     """{name: tensor} of a .safetensors or a torch file. Nothing but tensors is ever unpickled."""
+    path = str(path)
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a damaged archive
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{path} cannot be read as pure weights ({why}): damaged, or a pickle that runs code; "
-            "download it again"
-        ) from error
+        why = f"damaged, or a pickle that runs code ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{path} cannot be read as pure weights: {why}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
@@ -275,7 +244,7 @@ def find_training_prompts(model, path=None, weights=None):
     where, _ = resolve_model(model)
     path = path or find_prompts(where)
     if path is None and where == SD15:
-        path = find_spo_prompts(weights)
+        path = find_url(SPO_PROMPTS_URL, weights, SPO_PROMPTS_SHA256)
     if path is None:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
     return path
@@ -294,22 +263,16 @@ def silence_libraries():
 
 
 def check_folder(folder):
-    """Raises UserError, naming the part, unless folder holds a whole Stable Diffusion."""
-    parts = ("unet", "vae", "text_encoder")
-    configs = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json"]
-    for name in configs + [f"{part}/config.json" for part in parts]:
+    """Raises UserError, naming the part, where the libraries would say less (of a tokenizer that is
+    missing: nothing)."""
+    for name in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not os.path.exists(os.path.join(folder, name)):
             raise UserError(f"model folder {folder!r} lacks {name}: give a whole diffusers folder")
-    for part in parts:
-        names = os.listdir(os.path.join(folder, part))
-        files = [os.path.join(folder, part, n) for n in names if n.endswith(".safetensors")]
-        if not files:
-            raise UserError(f"model folder {folder!r} has no .safetensors in {part}/: convert it")
-        for file in files:
-            try:
-                safe_open(file, "pt")  # reads the header and checks the file's length
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged ({error}): copy it again") from error
+    for file in glob.glob(os.path.join(glob.escape(folder), "*", "*.safetensors")):
+        try:
+            safe_open(file, "pt")  # reads the header and checks the file's length
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}): copy it again") from error
 
 
 def ddim_scheduler(config):

@@ -126,14 +126,15 @@ def test_wrong_json_and_csv_is_named(tmp_path, name, content):
 
 def test_spo_prompts_are_checked(tmp_path, monkeypatch):
     path = tmp_path / "4k_training_prompts.json"
-    with pytest.raises(common.UserError, match="SPO's training prompts: .* is not there: curl"):
-        store.find_spo_prompts(str(tmp_path))
+    sd15 = store.SD15, None, str(tmp_path)
+    with pytest.raises(common.UserError, match="4k_training_prompts.json is not there: curl"):
+        store.find_training_prompts(*sd15)
     path.write_text('[{"caption": "a sun"}]')
     with pytest.raises(common.UserError, match="checksum differs"):
-        store.find_spo_prompts(str(tmp_path))
+        store.find_training_prompts(*sd15)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(store, "SPO_PROMPTS_SHA256", digest)
-    assert common.read_prompts(store.find_spo_prompts(str(tmp_path))) == ["a sun"]
+    assert common.read_prompts(store.find_training_prompts(*sd15)) == ["a sun"]
 
 
 def test_a_model_that_needs_prompts_says_so(command, micro, tmp_path):

@@ -57,7 +57,7 @@ def test_training_prompts_are_those_given_or_the_models_own(micro, tmp_path):
     assert find_training_prompts("toy") == os.path.join(TOY, "prompts.txt")
     with pytest.raises(UserError, match="needs --prompts FILE"):
         find_training_prompts(micro)
-    with pytest.raises(UserError, match="SPO's training prompts: .* is not there: curl"):
+    with pytest.raises(UserError, match="4k_training_prompts.json is not there: curl"):
         find_training_prompts(SD15, weights=str(tmp_path))
 
 
