@@ -415,7 +415,7 @@ KILLS = [
     ("INT", "sample", "predict_noise", 5),  # Ctrl-C
     ("KILL", "os", "fsync", 3),  # while state.pt is written: the LoRA is newer than the state
     ("KILL", "parts.run", "labelled_grid", 1),  # while an epoch's picture is made
-    ("KILL", "parts.run", "draw_curves", 1),  # when training has ended
+    ("KILL", "train", "draw_curves", 1),  # when training has ended
 ]
 
 
