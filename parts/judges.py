@@ -20,6 +20,8 @@
 Which resize and which constant make a published number, and how --weights DIR is laid out:
 docs/metrics.md. The models: judges_clip.py, judges_language.py. Your own judge is a class, here
 
+    import torch
+
     class Bright:
         reads_prompt = False
         def __init__(self, device, weights):

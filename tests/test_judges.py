@@ -20,7 +20,8 @@ from parts.judges import JUDGES, load_judge
 from parts.weights import WeightsMissing
 
 PROMPTS = ["a red sun over a sea", "a white moon", "a large yellow sun over hills under a pink sky"]
-WITH_WEIGHTS = [name for name in JUDGES if name != "taste"]
+WITH_WEIGHTS = ["step_aware", "clipscore", "pickscore", "hps", "aesthetic"]
+WITH_WEIGHTS += ["imagereward", "vqascore"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -523,7 +524,7 @@ def test_what_no_shape_tells():
 
 
 def test_load_judge(tiny_judges):
-    with pytest.raises(UserError, match="choose one of taste, step_aware"):
+    with pytest.raises(UserError, match="choose one of .*taste, step_aware"):
         load_judge("mother")
     with pytest.raises(UserError, match="no weights folder"):
         load_judge("hps", "cpu", "nowhere")
@@ -542,10 +543,10 @@ def test_who_reads_the_prompt_says_so(tiny_judges, name):
 
 
 def test_the_judge_in_the_head_of_the_file(monkeypatch):
-    start = judges.__doc__.index("    class Bright:")
+    start = judges.__doc__.index("    import torch")
     example = judges.__doc__[start : judges.__doc__.index("and a line in JUDGES")]
-    assert example.count("\n") < 11
-    names = {"torch": torch}
+    assert example.split("class Bright:")[1].count("\n") < 11
+    names = {}
     exec(textwrap.dedent(example), names)
     monkeypatch.setitem(JUDGES, "bright", names["Bright"])
     judge, x = load_judge("bright"), images(3, 3, 8, 8)
