@@ -37,8 +37,6 @@ report(images, prompts) -> {name: (N,)}, more figures for the tables, and compil
 are logits suit --threshold: a pair is trained on if softmax([best, worst]) differs by more than it.
 """
 
-import os
-
 from parts.common import UserError
 from parts.judges_clip import HPS, Aesthetic, CLIPScore, PickScore, StepAware
 from parts.judges_language import ImageReward, VQAScore
@@ -64,9 +62,6 @@ def load_judge(name, device="cpu", weights=None):
     """
     if name not in JUDGES:
         raise UserError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
-    if weights and not os.path.isdir(weights):
-        why = f"no weights folder {weights!r}: make it, with one subfolder per hub id"
-        raise UserError(f"{why}, or leave --weights out")
     judge = JUDGES[name](device, weights)
     judge.name = name
     return judge

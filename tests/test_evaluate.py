@@ -606,7 +606,11 @@ BAD = [
     (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),
     (nothing, ["--judges", "mother"], "invalid choice: 'mother'"),
     (nothing, ["--metrics", "fid"], "invalid choice: 'fid'"),
-    (nothing, ["--weights", "nowhere", "--judges", "hps"], "no weights folder"),
+    (
+        nothing,
+        ["--weights", "nowhere", "--judges", "hps"],
+        "nowhere/HPSv2/HPS_v2_compressed.pt is not there",
+    ),
     (nothing, ["--device", "abacus"], "unknown device"),
     (nothing, ["--batch_size", 0], "--batch_size must lie"),
     (nothing, ["--prompts", "hpdv2"], "HPDv2 test prompts cannot be had"),
