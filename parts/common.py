@@ -120,6 +120,20 @@ def make_folder(path, flag="--output_dir"):
         raise UserError(why) from error
 
 
+def write_csv(path, header, rows, comment=""):
+    """comment: lines above the header."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_file(path, comment + text.getvalue())
+
+
+def markdown(rows):
+    """A table; rows of text, the first of them its header."""
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|\n")
+    return "".join(lines)
+
+
 def write_png(image, path):
     write_file(path, lambda file: image.save(file, "PNG"))
 

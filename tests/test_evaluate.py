@@ -118,10 +118,10 @@ def test_a_folder_of_images(evaluate_, folder, home):
     pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
     assert scores(home, "theirs", "taste") == pytest.approx(Taste()(pixels).tolist(), rel=1e-5)
     taste, rmse = (read_csv(home / f"theirs/scores/{m}.csv") for m in ("taste", "rmse"))
-    keys = [(line["prompt_index"], line["image"]) for line in taste]
+    keys = [(line["prompt_index"], line["images"]) for line in taste]
     assert keys == [(p, k) for p in "012" for k in "01"]
-    keys = [(line["prompt_index"], line["image_1"], line["image_2"]) for line in rmse]
-    assert keys == [(p, "0", "1") for p in "012"]
+    keys = [(line["prompt_index"], line["images"]) for line in rmse]
+    assert keys == [(p, "0 1") for p in "012"]
 
 
 def test_the_tables(evaluate_, folder, home):
@@ -267,7 +267,7 @@ def test_arrows_point_to_what_varies_more(tmp_path, weights_dir, tiny_judges):
 def test_best_is_bold_the_right_way_round(title, best, worst):
     rows = [evaluate.Row(source, None, {}, label=source) for source in "abc"]
     for row, mean in zip(rows, (30.0, 32.0, 31.0)):
-        row.scores = {"m": dict(mean=mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
+        row.scores = {"m": evaluate.Summary(mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
     table = evaluate.make_table({"m": (title, 0, "-")}, rows, "--metrics", {})
     assert f"| **{best}" in table and f"| {worst}" in table and table.count("**") == 2
 
