@@ -613,7 +613,7 @@ BAD = [
     ),
     (nothing, ["--device", "abacus"], "unknown device"),
     (nothing, ["--batch_size", 0], "--batch_size must lie"),
-    (nothing, ["--prompts", "hpdv2"], "HPDv2 test prompts cannot be had"),
+    (nothing, ["--prompts", "hpdv2"], "ymhao/HPDv2 test.json: not downloaded"),
     (nothing, ["--prompts", "nowhere.txt"], "cannot read prompts file"),
 ]
 
