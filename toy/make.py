@@ -253,7 +253,7 @@ def encode_pictures(vae, count, rng):
     for _ in range(math.ceil(count / 256)):
         images, words = draw(256, rng)
         latents.append(vae.encode(images * 2 - 1).latent_dist.mean)
-        names += words
+        names.extend(words)
     latents = torch.cat(latents)
     scale = 1 / latents.std().item()
     vae.register_to_config(scaling_factor=scale)

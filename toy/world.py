@@ -3,11 +3,12 @@
 Preference alignment is about what a model could paint and does not prefer to. Random weights cannot
 show that. So toy/ holds a Stable Diffusion of SD1.5's own classes and noise schedule that paints
 these landscapes: it follows its prompts, is free where they say nothing, and meets a taste to which
-it can be aligned in minutes on a laptop. docs/toy.md tells how it was made (toy/make.py) and what
-it reaches. Outside this folder, only the model's name "toy" and the judge "taste" lead here.
+it can be aligned in minutes on a laptop. docs/toy.md tells how it was made and what it reaches.
+Only the model's name "toy" and the judge "taste" lead here.
 """
 
 import itertools
+import re
 
 import numpy as np
 import torch
@@ -56,18 +57,12 @@ def write_caption(size, light, ground, sky):
 
 def read_caption(caption):
     """(size, light, ground, sky) of a caption, None for what it does not name; in any wording."""
-    words = caption.replace(",", " ").split()
-    before_sky = [word for word, after in itertools.pairwise(words) if after == "sky"]
-    size = first_named(RADII, words)
-    light = first_named(LIGHTS, caption)  # it has two words, so the whole caption is searched
-    ground = first_named(GROUNDS, words)
-    sky = first_named(SKIES, before_sky)
-    return size, light, ground, sky
-
-
-def first_named(vocabulary, text):
-    """The first word of a vocabulary that is in the text, or None."""
-    return next((word for word in vocabulary if word in text), None)
+    words = " ".join(re.findall(r"\w+", caption))
+    named = []
+    for vocabulary, after in zip(VOCABULARIES, ("", "", "", "sky ")):
+        found = (word for word in vocabulary if f" {word} {after}" in f" {words} ")
+        named.append(next(found, None))
+    return tuple(named)
 
 
 CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
@@ -83,7 +78,7 @@ CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
 def draw(count, rng, captions=None):
     """True pictures, of these captions if given: what a caption leaves open is drawn at random.
 
-    Returns images (n, 3, 32, 32), fp32 in [0, 1], and n tuples (size, light, ground, sky).
+    Returns images (n, 3, 32, 32), fp32 in [0, 1], and their words (n, 4): size, light, ground, sky.
     Edges are soft, since a tiny model paints hard shapes as blobs; every colour varies a little.
     """
 
@@ -93,13 +88,16 @@ def draw(count, rng, captions=None):
     def tint(std):  # one shift of colour a picture
         return rng.normal(0, std, (count, 3, 1, 1)).astype(np.float32)
 
-    words = choose_words(count, rng, captions)
+    words = np.stack([rng.choice(list(each), count) for each in VOCABULARIES], axis=1)
+    for row, caption in zip(words, captions or ()):
+        for i, word in enumerate(read_caption(caption)):
+            row[i] = word or row[i]
     sizes, lights, grounds, skies = words.T
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # centres of the pixels, (32, 32)
+    y, x = np.indices((SIZE, SIZE), np.float32) + 0.5  # centres of the pixels, (32, 32)
 
     # The sky pales downwards, in red more than in blue. (n, 3, 32, 32)
     top = look_up(SKIES, skies) + tint(0.025)
-    haze = np.array([1.1, 1, 0.9], np.float32)[:, None, None]
+    haze = np.float32([1.1, 1, 0.9])[:, None, None]
     image = top + y / SIZE * uniform(0, 0.16) * (1 - top) * haze
 
     # The ground begins below two waves. (n, 1, 32, 32)
@@ -109,8 +107,7 @@ def draw(count, rng, captions=None):
     shore = horizon + long_wave + short_wave
 
     # The sun or moon stands anywhere above the horizon, or touches it: a glow, and a disc in it.
-    radii = look_up(RADII, sizes)
-    smallest, largest = radii[:, :1], radii[:, 1:]
+    smallest, largest = np.split(look_up(RADII, sizes), 2, axis=1)
     radius = smallest + (largest - smallest) * uniform(0, 1)
     centre_x = radius + (SIZE - 2 * radius) * uniform(0, 1)
     centre_y = radius + (horizon - 1.2 * radius) * uniform(0, 1)
@@ -121,30 +118,17 @@ def draw(count, rng, captions=None):
     image = blend(image, colour, np.clip(radius - distance + 0.5, 0, 1))
 
     # The ground has a coarse texture and darkens towards the viewer.
-    noise = torch.from_numpy(rng.normal(0, 1, (count, 1, 12, 8)).astype(np.float32))
-    texture = F.interpolate(noise, size=(SIZE, SIZE), mode="bilinear").numpy()
+    noise = torch.from_numpy(rng.normal(0, 1, (count, 1, 12, 8))).float()
+    texture = F.interpolate(noise, size=SIZE, mode="bilinear").numpy()
     shade = 1 - 0.12 * (y - horizon) / (SIZE - horizon)
     land = (look_up(GROUNDS, grounds) + tint(0.025)) * (1 + 0.09 * texture) * shade
     image = blend(image, land, np.clip(y - shore + 0.5, 0, 1))
-
-    image = np.clip(image, 0, 1).astype(np.float32)
-    return torch.from_numpy(image), [tuple(row) for row in words.tolist()]
-
-
-def choose_words(count, rng, captions):
-    """(n, 4) strings: size, light, ground, sky of each picture."""
-    drawn = [rng.choice(list(vocabulary), count) for vocabulary in VOCABULARIES]
-    words = np.stack(drawn, axis=1)
-    for row, caption in zip(words, captions or ()):
-        for i, word in enumerate(read_caption(caption)):
-            if word:
-                row[i] = word
-    return words
+    return torch.from_numpy(image).clamp(0, 1), words
 
 
 def look_up(vocabulary, words):
     """What the words mean: radii (n, 2, 1, 1) or colours (n, 3, 1, 1)."""
-    return np.array([vocabulary[word] for word in words], np.float32)[:, :, None, None]
+    return np.float32([vocabulary[word] for word in words])[:, :, None, None]
 
 
 def blend(image, colour, share):
@@ -157,11 +141,11 @@ def blend(image, colour, share):
 
 
 def read_pictures(images):
-    """What is painted, by pixel rules: images (n, 3, H, W) in [0, 1] -> n tuples as of draw.
+    """What is painted, by pixel rules: images (n, 3, H, W) in [0, 1] -> n of read_picture's tuples.
 
     `python -m toy.make --check` says how often the checker is right on true pictures.
     """
-    small = F.interpolate(images.detach().float().cpu(), size=(SIZE, SIZE), mode="area")
+    small = F.interpolate(images.detach().float().cpu(), size=SIZE, mode="area")
     return [read_picture(image) for image in small.numpy()]
 
 
@@ -176,15 +160,15 @@ def read_picture(image):
     upper = image[:, :23]
     sky_of_row = np.median(upper, axis=2)  # (3, 23)
     sky_of_row[:, :9] = sky[:, None]
-    lamps = np.array(list(LIGHTS.values()))[:, :, None, None]
+    lamps = look_up(LIGHTS, LIGHTS)  # (3, 3, 1, 1)
     colours = [sky_of_row[:, :, None], sky[:, None, None], ground[:, None, None], *lamps]
     distances = np.stack([((upper - colour) ** 2).sum(0) for colour in colours])
     owner = distances.argmin(0)
 
     # The lamp that owns the most pixels is there, and their number tells its size.
-    pixels = [(owner == 3 + i).sum() for i in range(len(LIGHTS))]
-    light = list(LIGHTS)[np.argmax(pixels)]
-    size = "large" if max(pixels) > 58 else "small"
+    pixels = np.bincount(owner.ravel(), minlength=6)[3:]
+    light = list(LIGHTS)[pixels.argmax()]
+    size = "large" if pixels.max() > 58 else "small"
     return size, light, nearest(GROUNDS, ground), nearest(SKIES, sky)
 
 
@@ -195,12 +179,9 @@ def nearest(vocabulary, colour):
 
 def prompt_following(images, captions):
     """(n,) the share of what a caption names that its picture shows; NaN if it names nothing."""
-    shares = []
-    for seen, caption in zip(read_pictures(images), captions):
-        named = read_caption(caption)
-        right = [named[i] == seen[i] for i in range(4) if named[i]]
-        shares.append(sum(right) / len(right) if right else float("nan"))
-    return torch.tensor(shares)
+    named = np.array([read_caption(caption) for caption in captions], dtype=object)  # (n, 4)
+    right = torch.from_numpy(named == np.array(read_pictures(images)))
+    return right.sum(1) / torch.from_numpy(named.astype(bool)).sum(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,7 +209,7 @@ class Taste:
 
     def __call__(self, images, text=None, t=None):
         """Images (n, 3, H, W) in [0, 1] -> scores (n,), differentiable."""
-        small = F.interpolate(images.float(), size=(SIZE, SIZE), mode="area")
+        small = F.interpolate(images.float(), size=SIZE, mode="area")
         red_over_blue = (small[:, 0] - small[:, 2])[:, : SIZE // 2]  # (n, 16, 32)
         weights = torch.linspace(0.5, 1.5, SIZE // 2, device=small.device)[:, None]
         warmth = (red_over_blue * weights).mean((1, 2))
