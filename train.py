@@ -213,21 +213,12 @@ class Rollouts:
         generator = torch.Generator().manual_seed(int(seed))
         pairs = None  # of a rank that has no prompt left, at an epoch's end
         if mine:
-            tick = len(batch) / args.num_inference_steps
-            pairs = collect_pairs(
-                self.pipe,
-                self.judge,
-                mine,
-                generator,
-                num_children=args.num_children,
-                first_step=args.first_step,
-                threshold=args.threshold,
-                num_steps=args.num_inference_steps,
-                eta=args.eta,
-                guidance=args.guidance_scale,
-                progress=lambda: bar.update(tick),
-                preview=self.preview,
-            ).to("cpu")
+            steps = args.num_inference_steps
+            settings = dict(num_children=args.num_children, first_step=args.first_step)
+            settings |= dict(threshold=args.threshold, eta=args.eta, num_steps=steps)
+            settings |= dict(guidance=args.guidance_scale, preview=self.preview)
+            settings["progress"] = lambda: bar.update(len(batch) / steps)
+            pairs = collect_pairs(self.pipe, self.judge, mine, generator, **settings).to("cpu")
         # All ranks hold all pairs, so that they train on equal shares of them.
         everyone = [p for p in world.gather(pairs) if p is not None]
         pairs = join_pairs(everyone).to(self.pipe.unet.device)

@@ -134,6 +134,15 @@ def markdown(rows):
     return "".join(lines)
 
 
+def read_json(path, fix):
+    """What a JSON file holds. Raises UserError, which ends with `fix`."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON ({error}): {fix}") from error
+
+
 def write_png(image, path):
     write_file(path, lambda file: image.save(file, "PNG"))
 

@@ -2,10 +2,9 @@
 that from the run that is resumed, over that from the command line."""
 
 import argparse
-import json
 import os
 
-from parts.common import Parser, UserError
+from parts.common import Parser, UserError, read_json
 from parts.weights import TOY, read_train_json, resolve_model
 
 NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
@@ -70,12 +69,8 @@ def parse(argv, description, flags, sections, free_on_resume):
 
 def resumed_args(parser, argv, output_dir, flags, free_on_resume):
     """The settings of the run in output_dir. Raises UserError if a typed flag contradicts them."""
-    try:
-        with open(os.path.join(output_dir, "config.json")) as file:
-            saved = json.load(file)["args"]
-    except (OSError, ValueError, KeyError) as error:
-        what = f"nothing to resume in {output_dir!r} (no readable config.json)"
-        raise UserError(f"{what}: drop --resume, or give the run's folder") from error
+    path = os.path.join(output_dir, "config.json")
+    saved = read_json(path, "nothing to resume; drop --resume, or give the run's folder")["args"]
     if saved.keys() != flags.keys():
         raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
     parser.set_defaults(**saved)

@@ -7,7 +7,6 @@ lie in DIR itself. Files are safetensors, or torch files of which only tensors a
 
 import glob
 import hashlib
-import json
 import os
 import re
 import socket
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from parts.common import UserError
+from parts.common import UserError, read_json
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
@@ -146,9 +145,7 @@ def read_folder(folder):
     """{name: tensor} of all shards in a model's folder."""
     files = weight_files(folder)
     if not files:
-        raise WeightsMissing(
-            f"no weights (model*.safetensors or pytorch_model*.bin) in {folder}: download it again"
-        )
+        raise WeightsMissing(f"no model*.safetensors or *.bin in {folder}: download it again")
     state = {}
     for file in files:
         state |= read_state(file)
@@ -156,11 +153,7 @@ def read_folder(folder):
 
 
 def read_config(folder):
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable config.json: download it again") from error
+    return read_json(os.path.join(folder, "config.json"), "download it again")
 
 
 def load_tokenizer(cls, repo, weights=None):
@@ -224,13 +217,7 @@ def resolve_model(model):
 def read_train_json(where):
     """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
     path = os.path.join(where, "train.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+    return read_json(path, "mend it") if os.path.exists(path) else {}
 
 
 def find_prompts(where):
@@ -285,10 +272,8 @@ def ddim_scheduler(config):
 
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon" or config.get("rescale_betas_zero_snr"):
-        why = f"this one's scheduler says prediction_type {prediction}"
-        raise UserError(
-            f"only noise-predicting models (epsilon, no zero-SNR) can be aligned: {why}"
-        )
+        why = f"not {prediction}, nor with zero-SNR"
+        raise UserError(f"only noise-predicting models (prediction_type epsilon) work here: {why}")
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
     needed |= dict(steps_offset=1, timestep_spacing="leading")
     for name, value in needed.items():
@@ -303,7 +288,5 @@ def check_shape(pipe, where):
     if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
     if unet.in_channels != vae.latent_channels:
-        channels = (
-            f"its UNet takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
-        )
+        channels = f"UNet {unet.in_channels} channels, VAE {vae.latent_channels}"
         raise UserError(f"{where!r} is not a text-to-image model: {channels}")

@@ -73,7 +73,7 @@ def test_cuda_asked_for_where_there_is_none(command, small_run, tmp_path):
     assert code == 2 and "torch sees 0 GPUs" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("change, words", [({"bata": 1}, "bata is no flag"), ("{", "is not JSON")])
+@pytest.mark.parametrize("change, words", [({"bata": 1}, "bata is no flag"), ("{", "train.json as JSON")])
 def test_a_models_train_json(command, micro, tmp_path, change, words):
     """A typing error in a model folder's defaults is not ignored."""
     import json

@@ -651,7 +651,7 @@ def test_broken_runs(evaluate_, run, tmp_path):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text("{")
     code, _, err = evaluate_(copy, *flags)
-    assert code == 2 and "no readable config.json" in err and err.count("\n") == 1
+    assert code == 2 and "config.json as JSON" in err and err.count("\n") == 1
     (copy / "config.json").write_text(config)
     os.remove(copy / LORA_FILE)
     code, _, err = evaluate_(copy, *flags)

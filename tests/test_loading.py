@@ -48,7 +48,7 @@ def test_a_folder_brings_its_flags_and_prompts(tmp_path):
     assert read_train_json(str(tmp_path)) == {"learning_rate": 0.5, "pairs": {"beta": 2}}
     assert find_prompts(str(tmp_path)) == str(tmp_path / "prompts.txt")
     (tmp_path / "train.json").write_text('{"learning_rate":')
-    with pytest.raises(UserError, match="train.json is not JSON"):
+    with pytest.raises(UserError, match="train.json as JSON"):
         read_train_json(str(tmp_path))
 
 
