@@ -225,7 +225,7 @@ def encode_once(image, pipe, folder):
     x = x[None].to(vae.device, vae.dtype)
     z = vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # other runs may be at it too
-    z.cpu().numpy().tofile(temporary)
+    temporary.write_bytes(z.cpu().numpy().tobytes())  # tofile would not notice a full disk
     temporary.replace(path)
     return path.name
 

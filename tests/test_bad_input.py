@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 from test_train import same, weights
 
 import train
@@ -73,7 +74,9 @@ def test_cuda_asked_for_where_there_is_none(command, small_run, tmp_path):
     assert code == 2 and "torch sees 0 GPUs" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("change, words", [({"bata": 1}, "bata is no flag"), ("{", "train.json as JSON")])
+@pytest.mark.parametrize(
+    "change, words", [({"bata": 1}, "bata is no flag"), ("{", "train.json as JSON")]
+)
 def test_a_models_train_json(command, micro, tmp_path, change, words):
     """A typing error in a model folder's defaults is not ignored."""
     import json
@@ -305,8 +308,11 @@ def test_what_is_no_fault_of_the_disk_is_not_blamed_on_it(tmp_path):
 
 def test_the_disk_fills_up_while_images_are_encoded(small_files, micro, tmp_path):
     """No latent is left that looks whole: a later run makes it."""
-    pipe, path = load_pipeline(micro), tmp_path / "latent"
+    pipe, image = load_pipeline(micro), tmp_path / "image.png"
+    Image.new("RGB", (48, 48)).save(image)
     small_files(500)
     with pytest.raises(OSError, match="File too large"):
-        pairs.encode(torch.zeros(3, 48, 48), pipe.vae, path)
-    assert not path.exists()
+        pairs.encode_once(image, pipe, tmp_path)
+    small_files(None)
+    key = pairs.encode_once(image, pipe, tmp_path)
+    assert (tmp_path / key).stat().st_size == 4 * 4 * 12 * 12
