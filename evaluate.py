@@ -284,8 +284,7 @@ def digest(paths, more):
     return total.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# Scores: a file a model and a metric, written when the metric is finished
+# ---- Scores: a file a model and a metric, written when the metric is finished --------------------
 
 
 def score(rows, name, prompts, args):
@@ -349,8 +348,7 @@ def measure(name, metric, images, prompt):
     return {"images": values, name: values.values()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def write_tables(rows, output_dir, not_run):

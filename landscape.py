@@ -84,8 +84,7 @@ def choose_divergences(names):
     return divs
 
 
-# --------------------------------------------------------------------------------------------------
-# Figure 2, theorems 3 and 4
+# ---- Figure 2, theorems 3 and 4 ------------------------------------------------------------------
 
 
 def draw_figure2(divs, beta, folder):
@@ -177,8 +176,7 @@ def check_theorem4():
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Smoothness
+# ---- Smoothness ----------------------------------------------------------------------------------
 
 
 def smoothness(divs, beta, folder):
@@ -258,8 +256,7 @@ def verdict(found):
     return f"Jensen-Shannon is the smoothest of the paper's rows in {wins} of {len(least)} columns"
 
 
-# --------------------------------------------------------------------------------------------------
-# Real runs
+# ---- Real runs -----------------------------------------------------------------------------------
 
 
 def read_run(folder):
@@ -306,8 +303,7 @@ def draw_runs(runs, folder):
     save(folder, "runs_surface", "run X_w X_l loss", surface_rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Grids, figures, files
+# ---- Grids, figures, files -----------------------------------------------------------------------
 
 
 def log_line(low, high, n):

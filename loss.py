@@ -41,8 +41,7 @@ def reduce_dims(x, reduce):
     return x.mean(1) if reduce == "mean" else x.sum(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# log X of a denoising step
+# ---- log X of a denoising step -------------------------------------------------------------------
 
 
 def ddim_mean_std(eps, x_t, t, alphas_cumprod, num_steps, eta=1.0):
@@ -96,8 +95,7 @@ def step_log_ratios(
     return u_w, u_l
 
 
-# --------------------------------------------------------------------------------------------------
-# log X of a finished image
+# ---- log X of a finished image -------------------------------------------------------------------
 
 
 def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
@@ -119,8 +117,7 @@ def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
     return reduce_dims(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ------------------------------------------------------------------------------------
 
 
 def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=None):
@@ -165,8 +162,7 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss as a surface over the two ratios
+# ---- The loss as a surface over the two ratios ---------------------------------------------------
 
 
 def surface(x1, x2, div, beta):

@@ -9,7 +9,6 @@ Writes a PNG per image and a labelled grid to --output_dir (pictures such as the
 Seed k gives the same picture at any batch size. train.py and evaluate.py call the same functions.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -18,6 +17,7 @@ import torch
 
 from loss import ddim_mean_std, step_log_ratios
 from parts import common
+from parts.flags import check_range
 from parts.model import (
     decode,
     encode_prompts,
@@ -29,8 +29,7 @@ from parts.model import (
 )
 from parts.weights import resolve_model
 
-# --------------------------------------------------------------------------------------------------
-# Images from seeds
+# ---- Images from seeds ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -84,8 +83,7 @@ def paint(pipe, prompts, count, num_steps=20, guidance=5.0, batch_size=16, progr
     return images.view(len(prompts), count, *images.shape[1:])
 
 
-# --------------------------------------------------------------------------------------------------
-# Preference pairs: SPO's step-wise pool
+# ---- Preference pairs: SPO's step-wise pool ------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -260,14 +258,14 @@ def clear_pairs(parent, children, t, scores, threshold):
     return [rows[clear] for rows in (parent, x_w, x_l, times, prompt)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
+
+
+RANGES = {"num_inference_steps": "[1, 500]", "batch_size": "[1, inf)", "eta": "[0, inf)"}
 
 
 def build_parser():
-    parser = common.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.Parser(description=__doc__)
     flag = parser.add_argument
     flag("prompt", nargs="*", help="prompts, each in quotes")
     flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
@@ -287,13 +285,9 @@ def main():
     args = build_parser().parse_args()
     prompts = args.prompt + (common.read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
-        raise common.UserError(
-            'nothing to paint: give a prompt in quotes ("a red sun") or --prompts FILE'
-        )
-    if not 1 <= args.num_inference_steps <= 500 or args.batch_size < 1 or not args.eta >= 0:
-        raise common.UserError(
-            "--num_inference_steps must lie in 1..500, --batch_size >= 1, --eta >= 0"
-        )
+        raise common.UserError("nothing to paint: give a prompt in quotes, or --prompts FILE")
+    for name, allowed in RANGES.items():
+        check_range(name, getattr(args, name), allowed)
     device = common.pick_device(args.device)
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
@@ -314,9 +308,8 @@ def main():
             rows[name] = images.view(len(prompts), len(args.seeds), *images.shape[1:])
     for p, images in enumerate(rows[names[-1]]):  # files of the model asked for, its LoRA on
         for seed, image in zip(args.seeds, images):
-            common.write_png(
-                common.to_pil(image), os.path.join(args.output_dir, f"{p:03d}_seed{seed}.png")
-            )
+            path = os.path.join(args.output_dir, f"{p:03d}_seed{seed}.png")
+            common.write_png(common.to_pil(image), path)
     grid = []
     for p, prompt in enumerate(prompts):
         for name in names:

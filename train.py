@@ -183,8 +183,7 @@ def slices(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Where SPO's pairs come from (those of --pairs: parts/pairs.py)
+# ---- Where SPO's pairs come from (those of --pairs: parts/pairs.py) ------------------------------
 
 
 class Rollouts:
@@ -229,8 +228,7 @@ class Rollouts:
         return pairs
 
 
-# --------------------------------------------------------------------------------------------------
-# What a person looks at
+# ---- What a person looks at ----------------------------------------------------------------------
 
 
 def make_show(args, pipe, policy, prompts, world):
@@ -267,8 +265,7 @@ def final_table(args, pipe, policy, judge, prompts, run):
     run.save_table(judge, prompts, before, after)
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def set_up(args, device, world):

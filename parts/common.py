@@ -24,6 +24,9 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line like every other bad input, not a page of usage."""
 
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
@@ -73,14 +76,12 @@ def progress_bar(total=None, **options):
     if total is not None:
         count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
         options["bar_format"] = "{l_bar}{bar}| " + count
-    warnings.filterwarnings(
-        "ignore", category=TqdmWarning
-    )  # rounded fractions sum to a hair more than the total
+    # rounded fractions sum to a hair more than the total
+    warnings.filterwarnings("ignore", category=TqdmWarning)
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files: to a temporary name, to the disk, then renamed, so that a kill leaves the old file whole
+# ---- Files: to a temporary name, to the disk, then renamed: a kill leaves the old file whole -----
 
 
 def write_file(path, data):
@@ -155,8 +156,7 @@ def save_figure(figure, path, dpi=130):
     plt.close(figure)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts
+# ---- Prompts -------------------------------------------------------------------------------------
 
 
 def read_prompts(path):
@@ -220,8 +220,7 @@ def hold_out(prompts, count):
     return training, [prompts[i] for i in sorted(held)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def to_pil(image):

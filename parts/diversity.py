@@ -46,8 +46,7 @@ def load_metric(name, device, weights):
     return formulas[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# Of two images: RMSE, PSNR, SSIM, FSIM
+# ---- Of two images: RMSE, PSNR, SSIM, FSIM -------------------------------------------------------
 
 
 def tensor(image):
@@ -181,8 +180,7 @@ def log_gabor(height, width, device):
     return orientations[:, None] * scales
 
 
-# --------------------------------------------------------------------------------------------------
-# Entropies, of one image
+# ---- Entropies, of one image ---------------------------------------------------------------------
 
 
 def gray_levels(image):
@@ -216,8 +214,7 @@ def entropy_2d(image, quantised=False):
     return entropy_bits(gray * 2048 + around)
 
 
-# --------------------------------------------------------------------------------------------------
-# LPIPS (Zhang et al. 2018), version 0.1, AlexNet: the lpips package's default
+# ---- LPIPS (Zhang et al. 2018), version 0.1, AlexNet: the lpips package's default ----------------
 
 
 class LPIPS:

@@ -1,7 +1,6 @@
 """How a flag of train.py gets its value: from its table, over that from the model's folder, over
 that from the run that is resumed, over that from the command line."""
 
-import argparse
 import os
 
 from parts.common import Parser, UserError, read_json
@@ -12,7 +11,7 @@ NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batc
 
 def build_parser(flags, description):
     """flags: {name: (default, range or choices, what it is)}."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     for name, (default, allowed, text) in flags.items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -59,9 +58,7 @@ def parse(argv, description, flags, sections, free_on_resume):
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
     for name in NOT_WITH_PAIRS:
         if args.pairs and getattr(args, name) != parser.get_default(name):
-            raise UserError(
-                f"--{name} is about sampling pairs, and --pairs has them: leave one out"
-            )
+            raise UserError(f"--{name} is about sampling pairs: leave it or --pairs out")
     for name, (_, allowed, _) in flags.items():
         check_range(name, getattr(args, name), allowed)
     return args, why

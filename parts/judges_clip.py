@@ -276,8 +276,7 @@ def linear_head(width):
     return head
 
 
-# --------------------------------------------------------------------------------------------------
-# Preprocessing: half of a score's convention is how the image was shrunk
+# ---- Preprocessing: half of a score's convention is how the image was shrunk ---------------------
 
 
 def preprocess(images, size, resize="pillow", crop=round):
@@ -313,8 +312,7 @@ def tokenize(tokenizer, texts, limit, padding="max_length"):
     return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints {name: tensor}: their names -> those of transformers
+# ---- Checkpoints {name: tensor}: their names -> those of transformers ----------------------------
 
 
 def renamed(state, names):

@@ -188,8 +188,7 @@ def environment(device):
     return {"versions": versions, "git_commit": commit, "device": name}
 
 
-# --------------------------------------------------------------------------------------------------
-# What a person sees
+# ---- What a person sees --------------------------------------------------------------------------
 
 
 def save_pictures(folder, prompts, reference, images, epoch):

@@ -35,8 +35,7 @@ class WeightsMissing(UserError):
     """Weights that cannot be had here: not in the folder, or not downloaded and no hub in reach."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Where they are
+# ---- Where they are ------------------------------------------------------------------------------
 
 
 def hub_out_of_reach():
@@ -105,8 +104,7 @@ def find_url(url, weights=None, sha256=None):
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def first_line(error):
@@ -166,8 +164,7 @@ def load_tokenizer(cls, repo, weights=None):
         raise WeightsMissing(f"no tokenizer at {where}: {hint}") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Building
+# ---- Building ------------------------------------------------------------------------------------
 
 
 def check_keys(expected, state, path):
@@ -203,8 +200,7 @@ def build(make, state, path, device, dtype=torch.float32):
     return module.requires_grad_(False).eval().to(device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Stable Diffusions
+# ---- Stable Diffusions ---------------------------------------------------------------------------
 
 
 def resolve_model(model):
