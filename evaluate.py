@@ -78,7 +78,7 @@ TABLE3 = {
 FLAGS = {
     "prompts": ("", None, "a file, or hpdv2 (default: what a run held out, or prompts.txt)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
-    "images_per_prompt": (0, "[0, inf)", "K; 0: what is there, or 4"),
+    "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder or a hub id"),
     "weights": ("", None, "a folder of the judges' weights, in place of the hub"),
     "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
@@ -257,7 +257,9 @@ def paint(row, prompts, sampler, args):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(*key) for key in batch]
-            images = generate(pipe, captions, seeds, *sampler.values(), 0.0, len(batch), bar.update)
+            settings = dict(num_steps=sampler["num_inference_steps"], progress=bar.update)
+            settings |= dict(guidance=sampler["guidance_scale"], batch_size=len(batch))
+            images = generate(pipe, captions, seeds, **settings)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
@@ -339,13 +341,15 @@ def measure(name, metric, images, prompt):
         scores = {name: metric(pixels, text)}
         if prompt and hasattr(metric, "report"):
             scores |= metric.report(pixels, [prompt] * len(images))
-        return {"images": images} | {column: score.tolist() for column, score in scores.items()}
+        return {"images": list(images)} | {
+            column: score.tolist() for column, score in scores.items()
+        }
     prepare, compare = metric
     values = {k: prepare(image) for k, image in images.items()}  # what takes long
     if compare:
         twos = itertools.combinations(values.items(), 2)
         values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
-    return {"images": values, name: values.values()}
+    return {"images": list(values), name: list(values.values())}
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def write_tables(rows, output_dir, not_run):
         row.scores = {}
         for path in sorted(Path(row.folder).glob("scores/*.csv")):
             columns = read_scores(path, row.stamp)
-            for name in list(columns)[2:]:
+            for name in list(columns)[2:]:  # after prompt_index and images
                 row.scores[name] = summarise(columns["prompt_index"], columns[name])
                 lines.append([row.label, name, *row.scores[name]])
                 if name not in TABLE2 | TABLE3:  # a judge of a fork, or what it reports

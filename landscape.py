@@ -290,7 +290,7 @@ def draw_runs(runs, folder):
         points = square(log_line(max(1 - reach, 0.001), 1 + reach, 101))
         loss = surface(*points, div, beta)  # (101, 101): rows X_l, columns X_w
         ax = figure.add_subplot(n_rows, 2, len(figure.axes) + 1, aspect="equal")
-        # As many grid points between two lines everywhere: the loss may span decades.
+        # Contours at ten quantiles of the loss, which may span decades.
         levels = loss.flatten().sort().values[400::1000].clamp(1e-9).unique()
         ax.clabel(ax.contour(*points, loss, levels), fmt="%.4g")
         ax.plot(*smooth, color="crimson", marker="o", markevery=[-1])

@@ -2,9 +2,10 @@
 
 A policy p_theta is wanted that maximises E[r] - beta D_f(p_theta || p_ref), under the constraints
 sum p_theta = 1 and p_theta >= 0 (eq. 2), with multipliers lambda and zeta for them (eq. 3). At its
-optimum beta f'(X) = r - lambda, so p* = p_ref (f')^-1((r - lambda) / beta), and a policy stands for
-the reward r = beta f'(X) + const (theorem 1, eq. 4). With Bradley-Terry, P(w beats l) =
-sigmoid(r_w - r_l), the constant cancels (theorem 2):
+optimum r - beta f'(X) - lambda + zeta = 0. Since f'(X) -> -inf as X -> 0, p_theta stays positive
+and zeta is 0: p* = p_ref (f')^-1((r - lambda) / beta), and a policy stands for the reward
+r = beta f'(X) + const (theorem 1, eq. 4). With Bradley-Terry, P(w beats l) = sigmoid(r_w - r_l),
+the constant cancels (theorem 2):
 
     loss = -log sigmoid( beta f'(X_w) - beta f'(X_l) ),   X = p_theta / p_ref             (eq. 5)
 
@@ -13,8 +14,9 @@ Two kinds of log X are here:
          u = log X = (mean - mean_ref) . (x_{t-1} - (mean + mean_ref) / 2) / std^2
      reduce="sum" is the paper's X. reduce="mean", SPO's and the default of train.py, divides u by
      the latent's D dimensions: its X is the D-th root of the step's ratio (D = 16,384 for SD1.5).
-     For reverse KL, whose f' is log X + 1, that is a factor in beta and no more. For every other
-     row, forward KL too, it is another objective, since their f' is not linear in log X.
+     For reverse KL, whose f' is log X + 1, that is a factor in beta (and, under a clamp, in the
+     width of log X's clamp). For every other row, forward KL too, it is another objective, since
+     their f' is not linear in log X.
   2. noise_log_ratio: a finished image under Diffusion-DPO's bound, for preference pairs.
 Nothing here knows a model: tensors in, tensors out, in fp32, or in fp64 if given fp64.
 """
@@ -138,7 +140,7 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
         raise ValueError("alignment_loss needs at least one pair")
     if clip not in CLIPS:
         raise ValueError(f"unknown clip {clip!r}: choose one of {', '.join(CLIPS)}")
-    v_w, v_l = u_w, u_l
+    v_w, v_l = u_w, u_l  # v: u after the clamp
     if clip != "none":
         if not 0 < clip_range < 1:
             raise ValueError(f"clip_range must lie strictly between 0 and 1, got {clip_range}")
@@ -180,8 +182,7 @@ def surface_gradient(x1, x2, div, beta):
 
 
 def gradient_ratio(x1, x2, div):
-    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), what a step raises the winner for what it
-    lowers the loser. Theorem 4, where X_2 < X_1: fkl < alpha (falling in a) < rkl < 1, and
-    fkl < js < rkl.
+    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), how far a step raises X_w per unit that it
+    lowers X_l. Theorem 4, where X_2 < X_1: fkl < alpha (falling in a) < rkl < 1, fkl < js < rkl.
     """
     return div.d2f(x1) / div.d2f(x2)

@@ -105,7 +105,7 @@ class Pairs:
     alphas_cumprod: torch.Tensor  # (T,)
     num_steps: int
     eta: float
-    order: torch.Tensor = None  # (M,), in which they are trained on
+    order: torch.Tensor = None  # (M,), in which to train on them; train.Rollouts sets it
 
     @property
     def size(self):
@@ -238,7 +238,7 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
             x = mean.repeat_interleave(K, 0) + std.repeat_interleave(K, 0) * noise(P * K)
         if progress:
             progress()
-    yield t_parent, x_t, x, 0, x
+    yield t_parent, x_t, x, 0, x  # at timestep 0 a latent is its own x0
 
 
 def clear_pairs(parent, children, t, scores, threshold):
@@ -249,7 +249,7 @@ def clear_pairs(parent, children, t, scores, threshold):
     """
     prompt = torch.arange(len(parent), device=parent.device)
     (best, w), (worst, l) = scores.max(1), scores.min(1)
-    difference = torch.tanh((best - worst) / 2)  # of the two softmax probabilities
+    difference = torch.tanh((best - worst) / 2)  # p - (1 - p), p = sigmoid(best - worst)
     clear = scores.isfinite().all(1) & (difference > threshold)
     # children lie flat: those of prompt p begin at row p K
     first_child = prompt * scores.shape[1]
@@ -289,6 +289,9 @@ def main():
     for name, allowed in RANGES.items():
         check_range(name, getattr(args, name), allowed)
     device = common.pick_device(args.device)
+    config = os.path.join(args.lora or "", "config.json")
+    if args.model == "auto" and args.lora and os.path.exists(config):  # a run knows its model
+        args.model = common.read_json(config, "say --model")["args"]["model"]
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
     # painting needs no more than half precision, which CPUs are slow in

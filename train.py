@@ -22,7 +22,8 @@ latent (loss.py says what that changes). Different on purpose:
   2. gradient clipping clips (SPO's never did: its parameters were a used-up iterator);
      --max_grad_norm 0 is SPO as it was run;
   3. a short last group of pairs weighs in the gradient by its size;
-  4. on one GPU, four accumulated batches of 10 pairs stand for SPO's four GPUs;
+  4. on one GPU four accumulated batches of 10 pairs stand for SPO's four GPUs in a step; but a
+     rollout has 10 prompts where theirs has 40 (--sample_batch_size 40);
   5. every random number is a function of --seed and the chunk (a rollout; with --pairs 20 steps),
      so that --resume replays the chunk that was cut to the same bits.
 """
@@ -58,11 +59,11 @@ FLAGS = {
     "alpha": (None, "(0, 1)", "of --div alpha; the paper: 0.2, 0.4, 0.6, 0.8"),
     "beta": (10.0, "(0, inf)", "strength of the divergence in the loss, never rescaled in silence"),
     "match_curvature": (False, None, "divide beta by f''(1): all rows pull alike near X = 1"),
-    "clip": ("ratio", CLIPS, "ratio: SPO's; onesided: pairs on the wrong side keep their gradient"),
+    "clip": ("ratio", CLIPS, "ratio: SPO's; onesided: a losing pair keeps its gradient (ours)"),
     "clip_range": (0.1, "(0, 1)", "c of the clamp of X to [1-c, 1+c]"),
     "log_ratio": ("mean", REDUCE, "log X over the latent; sum is the paper's X, mean is SPO's"),
     "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
-    "judge": ("step_aware", ("auto", "none", *JUDGES), "auto: the default; parts/judges.py"),
+    "judge": ("step_aware", ("auto", "none", *JUDGES), "which model scores; auto: the default"),
     "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
     "prompts": (None, None, ".txt, .json, .jsonl, .csv (default: the model's own, or SPO's 4,000)"),
@@ -140,12 +141,13 @@ def train(args, policy, source, div, beta, run, world, show):
 
             for group in slices(pairs.order, pairs_a_step):  # one optimiser step
                 start, stats = time.time(), []
-                for batch in slices(group[world.rank :: world.size], args.train_batch_size):
+                share = group[world.rank :: world.size]  # this rank's
+                for batch in slices(share, args.train_batch_size):
                     u_w, u_l = pairs.log_ratios(policy, batch, args.log_ratio)  # log X_w, log X_l
                     loss, batch_stats = alignment_loss(  # eq. 5
                         u_w, u_l, div, beta, args.clip_range, args.clip, pairs.weight[batch]
                     )
-                    # the mean over a full group: in a short last one a pair weighs no more
+                    # the mean over a full group: a short last one takes a smaller gradient
                     scaler.scale(loss * len(batch) / pairs_a_step).backward()
                     stats.append(batch_stats | {"t": pairs.t[batch]})
                 world.sum_gradients(policy.parameters)

@@ -5,7 +5,7 @@
     scores = judge(images, text, t=None)  # (N, 3, H, W) in [0, 1], (N, ...), (N,) timesteps -> (N,)
 
     name         scale           SD1.5 *  size     licence     hub id, file
-    taste        about -5 .. 10  -        0        MIT         none: a formula (toy/world.py)
+    taste        about -11 .. 18  -        0        MIT         none: a formula (toy/world.py)
     step_aware   ~100 * cosine   -        5.2 GB   not checked (below)
     clipscore    cosine          0.352    3.9 GB   MIT         laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     vqascore     probability     0.601    22.9 GB  Apache-2.0  zhiqiulin/clip-flant5-xxl
