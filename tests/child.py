@@ -43,6 +43,9 @@ def _main(argv, output, environment, kill, change):
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     os.environ.update(environment)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where pytest runs behind an &
     torch.set_num_threads(1)
     if kill:
         _arm(*kill)
