@@ -14,9 +14,9 @@ eq. 4). Its derivative f'' rules the gradients (theorems 3 and 4). X is a ratio 
     chi2kl    (X-1)^2/2 + X log X                  X + log X        1 + 1/X      2    chi^2/2 + rkl
 
 The first four are the paper's. The last two, Jeffreys' divergence and the penalty of chi-PO, are
-not, but meet the conditions of theorem 1: f' can be inverted, and f'(0+) = -inf, so that no finite
-reward asks for X = 0. Limits, up to a constant in f', which cancels between winner and loser:
-alpha -> 0 is rkl, alpha -> 1 is fkl. (trl counts the other way: its alpha is 1 - our alpha.)
+not, but meet the conditions of theorem 1: f' can be inverted, and 0 is not in its domain (f'(0+) =
+-inf), so that no finite reward asks for X = 0. Limits, up to a constant in f', which cancels
+between winner and loser: alpha -> 0 is rkl, alpha -> 1 is fkl. (trl's alpha is 1 - our alpha.)
 
 f''(1) is how hard a divergence pulls while X is near 1: f'(X) = f'(1) + f''(1) (X - 1) + ..., so
 there js at 2 beta IS rkl at beta. `train.py --match_curvature` takes that out of a comparison.
@@ -46,7 +46,7 @@ class Divergence:
     f: Elementwise  # f(X), f(1) = 0
     df: Elementwise  # f'(X), constants as in Table 1
     d2f: Elementwise  # f''(X) > 0
-    reward: Elementwise  # f'(e^u) - f'(1), so 0 at u = 0; finite and accurate in fp32 for |u| <= 80
+    reward: Elementwise  # f'(e^u) - f'(1): f' of u, 0 at u = 0; exact in fp32 for |u| <= 80
 
     @property
     def curvature(self):

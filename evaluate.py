@@ -20,11 +20,12 @@ judge is not looked at: delete its CSV when you change yours.)
 
 import csv
 import hashlib
-import io
 import itertools
 import json
 import os
+import re
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from parts.common import (
     UserError,
     hold_out,
     make_folder,
+    markdown,
     peak_gb,
     pick_device,
     progress_bar,
@@ -43,6 +45,7 @@ from parts.common import (
     run_cli,
     save_figure,
     to_pil,
+    write_csv,
     write_file,
     write_png,
 )
@@ -86,6 +89,8 @@ FLAGS = {
     "output_dir": ("out/evaluation", None, "of tables, images and scores"),
 }
 
+Summary = namedtuple("Summary", "mean sd se prompts left_out")  # of a metric, over the prompts
+
 
 @dataclass
 class Row:  # a line of the tables
@@ -94,24 +99,24 @@ class Row:  # a line of the tables
     run: dict  # config.json of a run of train.py
     label: str = None
     folder: str = None  # of its scores
-    images: str = None  # the folder of its images
     files: dict = None  # (p, k) -> path of image k of prompt p
     bad_files: int = 0
     stamp: str = None  # tells these images and prompts from others
-    scores: dict = None  # metric -> summary over the prompts
+    scores: dict = None  # metric -> Summary
 
 
 def main():
     start, args = time.time(), parse_args()
     rows = find_rows(args)  # those of models first
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
-    for row in [row for row in rows if not row.model]:
-        find_images(row, prompts, args)  # before anything is painted
+    for row in rows:
+        if not row.model:
+            find_images(row, prompts, args)  # before anything is painted
     for row in rows:
         make_folder(f"{row.folder}/scores")
         if row.model:
             paint(row, prompts, choose_sampler(args, rows), args)
-        row.stamp = f"# images {digest(row.files.values(), [*row.files, prompts])}"
+        row.stamp = f"# of images {digest(row.files.values(), [*row.files, prompts])}"
     not_run = {}  # metric -> why
     for name in metrics:
         try:
@@ -145,7 +150,6 @@ def find_rows(args):
         name = os.path.basename(row.source).removesuffix(".safetensors")
         row.label = f"{name} (original)" if row.source == row.model else name
         row.folder = f"{args.output_dir}/{name}"
-        row.images = f"{row.folder}/images" if row.model else row.source
         if rows.setdefault(name, row).source != row.source:  # the first of that name stays
             raise UserError(f"two things to score are both called {name}: rename one folder")
     return list(rows.values())
@@ -154,8 +158,8 @@ def find_rows(args):
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
     source = find_model(target)
-    is_path = os.path.exists(source) or source.startswith((".", "/", "out/"))  # a typing error
-    is_hub_id = source.count("/") == 1 and not is_path
+    # owner/name; but out/name is a run that is not there
+    is_hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", source) and not os.path.exists(source)
     if is_hub_id or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
     if policy_file(source):
@@ -183,7 +187,7 @@ def choose_prompts(args, rows):
     """Those of --prompts, or of the rows, which must agree on them."""
     path = args.prompts
     if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
-        path = weights.find_hpdv2_prompts(args.weights)
+        path = weights.find("ymhao/HPDv2", "test.json", args.weights, "dataset")
     own = [own_prompts(row) for row in rows]
     prompts = read_prompts(path) if path else max(own, key=len)
     for row, theirs in zip(rows, own):
@@ -196,7 +200,7 @@ def choose_prompts(args, rows):
 
 def own_prompts(row):
     """Prompts that the policy was not trained on."""
-    path = weights.find_prompts(row.model or row.images)
+    path = weights.find_prompts(row.model or row.source)
     prompts = read_prompts(path) if path else []
     if row.model:
         count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
@@ -213,16 +217,16 @@ def choose_sampler(args, rows):
 
 def find_images(row, prompts, args):
     """Sets row.files to the first K images of every prompt. If K is 0, the first folder says it."""
-    found, bad = list_images(row.images)
+    found, bad = list_images(row.source)
     count = len(prompts) or max(found) + 1
     if len(found) > count and not args.num_prompts:
-        raise UserError(f"{row.images} has images of {len(found)} prompts, but there are {count}")
+        raise UserError(f"{row.source} has images of {len(found)} prompts, but there are {count}")
     K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
     row.files = {}
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            raise UserError(f"{row.images} has {len(images)} images {p}_K.png, not {K}")
+            raise UserError(f"{row.source} has {len(images)} images {p}_K.png, not {K}")
         for k, path in images:
             try:
                 read_image(path)
@@ -238,9 +242,9 @@ def paint(row, prompts, sampler, args):
     """Sets row.files, and paints those that are not there: DDIM, eta 0."""
     args.images_per_prompt = args.images_per_prompt or 4
     check_settings(row, prompts, sampler)
-    make_folder(row.images)
+    make_folder(f"{row.folder}/images")
     numbers = itertools.product(range(len(prompts)), range(args.images_per_prompt))
-    row.files = {(p, k): f"{row.images}/{p:05d}_{k}.png" for p, k in numbers}
+    row.files = {(p, k): f"{row.folder}/images/{p:05d}_{k}.png" for p, k in numbers}
     missing = [key for key, path in row.files.items() if not os.path.exists(path)]
     if not missing:
         return  # and load nothing
@@ -252,9 +256,8 @@ def paint(row, prompts, sampler, args):
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
-            seeds = [seed_of(p, k) for p, k in batch]
-            sampling = *sampler.values(), 0.0, args.batch_size  # eta 0
-            images = generate(pipe, captions, seeds, *sampling, bar.update)
+            seeds = [seed_of(*key) for key in batch]
+            images = generate(pipe, captions, seeds, *sampler.values(), 0.0, len(batch), bar.update)
             for key, image in zip(batch, images):
                 write_png(to_pil(image), row.files[key])
 
@@ -262,8 +265,8 @@ def paint(row, prompts, sampler, args):
 def check_settings(row, prompts, sampler):
     """Raises UserError if the images that are there were painted with other settings."""
     unet = sorted(Path(row.model).glob("unet/*.safetensors"))  # none: a hub id
-    policy = [policy_file(row.source)] if row.source != row.model else []
-    settings = {"weights": digest(unet + policy, row.model), **sampler, "prompts": prompts}
+    files = filter(None, [policy_file(row.source), *unet])
+    settings = {"weights": digest(files, row.model), **sampler, "prompts": prompts}
     path = Path(row.folder, "settings.json")
     if not path.exists():  # before the first image, so that there is none without it
         write_file(path, json.dumps(settings))
@@ -281,16 +284,16 @@ def digest(paths, more):
     return total.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# Scores: a file a model and a metric, written when the metric is finished
+# ---- Scores: a file a model and a metric, written when the metric is finished --------------------
 
 
 def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
-    place = f", weights {args.weights if name not in TABLE3 or TABLE3[name][1] else ''!r}"
+    place = args.weights if name not in TABLE3 or TABLE3[name][1] else ""
     metric, least = None, diversity.LEAST.get(name, 1)
     for row in rows:
-        if read_scores(row, name, place):
+        path, stamp = Path(row.folder, f"scores/{name}.csv"), f"{row.stamp}, weights {place!r}\n"
+        if read_scores(path, stamp):
             continue
         metric = metric or load_metric(name, prompts, args)  # once, and only if it is needed
         lines = []
@@ -302,72 +305,62 @@ def score(rows, name, prompts, args):
                 sizes = {image.shape[:2] for image in images.values()}
                 if len(sizes) > 1 or min(min(sizes)) < least:
                     raise UserError(f"{row.label}: {name} needs one size, from {least} pixels: {p}")
-                for line in measure(name, metric, p, images, prompts):
-                    lines.append({"prompt_index": p, **line})
+                columns = measure(name, metric, images, prompts[p] if prompts else "")
+                lines += [(p, *line) for line in zip(*columns.values())]
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
-        write_csv(f"{row.folder}/scores/{name}.csv", lines, f"{row.stamp}{place}\n")
+        write_csv(path, ["prompt_index", *columns], lines, stamp)
 
 
-def read_scores(row, name, place=""):
-    """[{column: text}] of a score file of these images (and of weights from that place), or []."""
-    path = Path(row.folder, "scores", f"{name}.csv")
-    lines = path.read_text("utf-8").split("\n") if path.exists() else [""]
-    return list(csv.DictReader(lines[1:])) if lines[0].startswith(row.stamp + place) else []
-
-
-def write_csv(path, lines, first_line=""):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_file(path, first_line + text.getvalue())
+def read_scores(path, stamp):
+    """{column: its values, as text} of a score file that begins with that stamp, or {}."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    if not text.startswith(stamp):
+        return {}
+    rows = csv.reader(text.splitlines()[1:])
+    return {name: values for name, *values in zip(*rows)}
 
 
 def load_metric(name, prompts, args):
-    """(judge, text) of a metric of Table 2, (prepare, compare) of one of Table 3."""
+    """The judge of Table 2 called name, or (prepare, compare) of a metric of Table 3."""
     if name in TABLE3:
         return diversity.load_metric(name, args.device, args.weights)
     if not prompts and getattr(JUDGES[name], "reads_prompt", True):
         raise UserError(f"{name} needs the prompts: --prompts FILE, or prompts.txt beside images")
-    judge = load_judge(name, args.device, args.weights)
-    return judge, judge.encode(prompts or [""])
+    return load_judge(name, args.device, args.weights)
 
 
-def measure(name, metric, p, images, prompts):
-    """[{column: value}] of the images {k: uint8 (H, W, 3)} of prompt p, or of each two of them."""
+def measure(name, metric, images, prompt):
+    """{column: values} of a prompt's images {k: uint8 (H, W, 3)}, or of each two of them. The first
+    column says which: k, or "i j"."""
     if name not in TABLE3:
-        judge, text = metric
         pixels = to_pixels(images.values())
-        scores = {name: judge(pixels, text[[p if prompts else 0] * len(images)])}
-        if prompts and hasattr(judge, "report"):
-            scores |= judge.report(pixels, [prompts[p]] * len(images))
-        values = [score.tolist() for score in scores.values()]
-        return [{"image": k} | dict(zip(scores, line)) for k, *line in zip(images, *values)]
+        text = metric.encode([prompt])[[0] * len(images)]  # a row an image
+        scores = {name: metric(pixels, text)}
+        if prompt and hasattr(metric, "report"):
+            scores |= metric.report(pixels, [prompt] * len(images))
+        return {"images": images} | {column: score.tolist() for column, score in scores.items()}
     prepare, compare = metric
-    ready = {k: prepare(image) for k, image in images.items()}  # what takes long
-    if compare is None:
-        return [{"image": k, name: value} for k, value in ready.items()]
-    twos = itertools.combinations(ready, 2)
-    return [{"image_1": i, "image_2": j, name: float(compare(ready[i], ready[j]))} for i, j in twos]
+    values = {k: prepare(image) for k, image in images.items()}  # what takes long
+    if compare:
+        twos = itertools.combinations(values.items(), 2)
+        values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
+    return {"images": values, name: values.values()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def write_tables(rows, output_dir, not_run):
     """table2.md, table3.md, summary.csv and tradeoff.png, of all score files that fit."""
-    own, summaries = {}, []
+    own, lines = {}, []
     for row in rows:
         row.scores = {}
         for path in sorted(Path(row.folder).glob("scores/*.csv")):
-            lines = read_scores(row, path.stem)
-            for name in lines[0] if lines else ():
-                if name in ("prompt_index", "image", "image_1", "image_2"):
-                    continue
-                row.scores[name] = summarise(lines, name)
-                summaries.append({"model": row.label, "metric": name, **row.scores[name]})
+            columns = read_scores(path, row.stamp)
+            for name in list(columns)[2:]:
+                row.scores[name] = summarise(columns["prompt_index"], columns[name])
+                lines.append([row.label, name, *row.scores[name]])
                 if name not in TABLE2 | TABLE3:  # a judge of a fork, or what it reports
                     own[name] = (f"{name} ↑", 0, "-")
     table2 = own | TABLE2
@@ -375,56 +368,46 @@ def write_tables(rows, output_dir, not_run):
         table = make_table(columns, rows, flag, not_run)
         write_file(f"{output_dir}/table{number}.md", table)
         print(f"\n### Table {number}\n\n{table}")
-    if summaries:
-        write_csv(f"{output_dir}/summary.csv", summaries)
+    write_csv(f"{output_dir}/summary.csv", ["model", "metric", *Summary._fields], lines)
     draw_tradeoff(f"{output_dir}/tradeoff.png", table2, rows)
 
 
-def summarise(lines, name):
-    """{mean, sd, se, prompts, left_out}: statistics over the prompts' means."""
-    by_prompt, left_out = {}, 0
-    for line in lines:
-        value = float(line[name])
-        if np.isfinite(value):
-            by_prompt.setdefault(line["prompt_index"], []).append(value)
-        else:  # FSIM of a black image, PSNR of identical ones
-            left_out += 1
-    means = [np.mean(values) for values in by_prompt.values()]  # step 3 of the protocol
+def summarise(prompts, values):
+    """The Summary of two columns of text: statistics over the prompts' means."""
+    prompts, values = np.array(prompts), np.array(values, dtype=float)
+    finite = np.isfinite(values)  # not so: FSIM of a black image, PSNR of identical ones
+    means = [values[finite & (prompts == p)].mean() for p in np.unique(prompts[finite])]  # step 3
     count = len(means)
     mean = np.mean(means) if means else np.nan
     sd = np.std(means, ddof=1) if count > 1 else np.nan  # step 4
-    return dict(mean=mean, sd=sd, se=sd / np.sqrt(count), prompts=count, left_out=left_out)
+    return Summary(mean, sd, sd / np.sqrt(count), count, np.sum(~finite))
 
 
 def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
-    grid = [["model", *[row.label for row in rows], "SD v1.5 in the paper"]]  # column by column
+    labels = [row.label for row in rows]
+    grid = [["model", *labels, "SD v1.5 in the paper"]]  # column by column
     notes = [f"- {row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
     for name, (title, size, paper) in columns.items():
-        found = [row.scores[name] for row in rows if name in row.scores]
-        means = [summary["mean"] for summary in found if summary["prompts"]]
+        found = {row.label: row.scores[name] for row in rows if name in row.scores}
+        means = [summary.mean for summary in found.values() if summary.prompts]
         better = max if title.endswith("↑") else min
         best = better(means) if len(means) > 1 else None  # one row is no contest
-        cells = [title]
-        for row in rows:
-            if name not in row.scores:
-                cells.append("not run")
-                continue
-            mean, sd, se, _, left_out = row.scores[name].values()
+        cells = dict.fromkeys(labels, "not run")
+        for label, (mean, sd, se, _, left_out) in found.items():
             cell = f"{mean:#.4g} ± {sd:#.2g}"
             cell = f"**{cell}**" if mean == best else cell
-            cells.append(f"{cell} ({se:#.2g})")
+            cells[label] = f"{cell} ({se:#.2g})"
             if left_out:
-                notes.append(f"- {name} of {row.label}: {left_out} values nan or inf, left out")
+                notes.append(f"- {name} of {label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):
             default = f"not asked for: {flag} {name}, {size} GB of weights"
             notes.append(f"- {name}: {not_run.get(name, default)}")
-        grid.append([*cells, paper])
-    lines = [f"| {' | '.join(line)} |" for line in zip(*grid)]
-    lines.insert(1, "|---" * len(grid) + "|")
+        grid.append([title, *cells.values(), paper])
+    lines = list(zip(*grid))
     if all(row.model not in (weights.SD15, None) for row in rows):
         lines.pop()  # the paper's row tells nothing about other models
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([markdown(lines), *notes, ""])
 
 
 def draw_tradeoff(path, columns, rows):
@@ -441,7 +424,7 @@ def draw_tradeoff(path, columns, rows):
         axes.set(xlabel=f"{TABLE3[across][0]} (diversity)", ylabel=columns[judge][0])
         for row in rows:
             x, y = row.scores[across], row.scores[judge]
-            axes.errorbar(x["mean"], y["mean"], y["se"], x["se"], fmt="o", label=row.label)
+            axes.errorbar(x.mean, y.mean, y.se, x.se, fmt="o", label=row.label)
     figure.axes[0].legend()
     save_figure(figure, path)
 

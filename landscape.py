@@ -18,19 +18,19 @@ A divergence of your own, a line in divergences.TABLE, appears everywhere by its
 numbers are float64.
 """
 
-import argparse
-import csv
-import io
+import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.functional import avg_pool1d
 
 from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
-from parts.common import Parser, UserError, make_folder, run_cli, save_figure, write_file
+from parts.common import UserError, make_folder, markdown, run_cli, save_figure, write_csv
+from parts.flags import build_parser, check_range
+from parts.run import read_log, running_mean
 
 PAPER = ("rkl", "alpha", "fkl", "js")  # the rows of the paper's tables
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # its values of alpha
@@ -39,10 +39,9 @@ CHAINS = ("fkl < alpha0.8 < alpha0.6 < alpha0.4 < alpha0.2 < rkl < 1", "fkl < js
 # Squares in (X_1, X_2) for the table: SPO's clamp, a factor of 2, a factor of 10.
 REGIONS = ((0.9, 1.1), (0.5, 2.0), (0.1, 10.0))
 MEASURES = (
-    "at divergence gradient_0.9_to_1.1 eigenvalue_0.9_to_1.1 gradient_0.5_to_2 eigenvalue_0.5_to_2 "
-    "gradient_0.1_to_10 eigenvalue_0.1_to_10"
+    "at divergence gradient_0.9_to_1.1 gradient_0.5_to_2 gradient_0.1_to_10 "
+    "eigenvalue_0.9_to_1.1 eigenvalue_0.5_to_2 eigenvalue_0.1_to_10"
 )
-PAGE = 7.2  # inches, the width of every picture, so that its 7 point letters stay so in print
 
 
 def main():
@@ -50,10 +49,9 @@ def main():
     divs = choose_divergences(args.div)
     runs = [read_run(folder) for folder in args.runs]
     make_folder(args.output_dir)
-    import matplotlib.pyplot as plt
+    import matplotlib
 
-    plt.switch_backend("Agg")  # no window, even where there is a screen
-    with plt.rc_context({"font.size": 7}):
+    with matplotlib.rc_context({"font.size": 7}):
         draw_figure2(divs, args.beta, args.output_dir)
         draw_theorem4(divs, args.output_dir)
         if runs:
@@ -64,15 +62,16 @@ def main():
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = {
+        "beta": (10.0, "(0, inf)", "the paper's is 10; runs have their own"),
+        "output_dir": ("out/landscape", None, "of pictures and numbers"),
+    }
+    parser = build_parser(flags, __doc__)
     alphas = f"default: all; alpha stands for {ALPHAS}"
     parser.add_argument("--div", nargs="+", choices=TABLE, default=TABLE, help=alphas)
-    parser.add_argument("--beta", type=float, default=10.0, help="default: 10; runs have their own")
     parser.add_argument("--runs", nargs="+", default=[], help="folders that train.py wrote")
-    parser.add_argument("--output_dir", default="out/landscape")
     args = parser.parse_args()
-    if not 0 < args.beta < math.inf:
-        raise UserError(f"--beta must be positive and finite, got {args.beta}: the paper uses 10")
+    check_range("beta", args.beta, "(0, inf)")
     return args
 
 
@@ -85,34 +84,31 @@ def choose_divergences(names):
     return divs
 
 
-# --------------------------------------------------------------------------------------------------
-# Figure 2 and theorem 3
+# ---- Figure 2, theorems 3 and 4 ------------------------------------------------------------------
 
 
 def draw_figure2(divs, beta, folder):
     """Each surface from two sides, all on one scale, and its gradient in a plane above it."""
-    import matplotlib.pyplot as plt
-
     top = max(5 * beta, 2.0)  # where beta is small all of the surface lies near ln 2
     steps = torch.linspace(0.08, 1, 31, dtype=torch.float64)
-    x = 3 * steps**2  # close points where the surfaces are steep
-    spots = 3 * steps[::4]  # of the arrows, evenly
+    points = square(3 * steps**2)  # (2, 31, 31), close where the surfaces are steep
+    spots = square(3 * steps[::4])  # (2, 8, 8), of the arrows, evenly
     n_rows = math.ceil(len(divs) / 2)
-    figure = plt.figure(figsize=(PAGE, 1.75 * n_rows + 0.6), layout="constrained")
+    figure = new_figure(1.75 * n_rows + 0.6)
     surface_rows, gradient_rows = [], []
     for div in divs:
-        loss = surface(x, x[:, None], div, beta)  # (31, 31): rows X_2, columns X_1
-        gradient = surface_gradient(spots, spots[:, None], div, beta)  # two of (8, 8)
-        surface_rows += rows_of(div.name, x, x[:, None], loss)
-        gradient_rows += rows_of(div.name, spots, spots[:, None], *gradient)
-        arrows = arrow_lines(spots, spots[:, None], *gradient, beta)
+        loss = surface(*points, div, beta)  # (31, 31)
+        gradient = torch.stack(surface_gradient(*spots, div, beta))  # (2, 8, 8)
+        surface_rows += rows_of(div.name, *points, loss)
+        gradient_rows += rows_of(div.name, *spots, *gradient)
+        arrows = arrow_lines(spots, gradient, beta)
         # From the wall of pairs in the wrong order, X_w < X_l, and from behind it.
         for title, azimuth in ((div.name, -55), (f"{div.name} from behind", 125)):
             place = len(figure.axes) + 1
             ax = figure.add_subplot(n_rows, 4, place, projection="3d", computed_zorder=False)
             # What is higher than the plane of the arrows is cut off there.
             low = loss.clamp(max=top)
-            ax.plot_surface(x, x[:, None], low, cmap="YlGnBu", vmax=top, ec="#0005", lw=0.15)
+            ax.plot_surface(*points, low, cmap="YlGnBu", vmax=top, ec="#0005", lw=0.15)
             ax.plot([0, 3, 3, 0, 0], [0, 0, 3, 3, 0], top, color="black", linewidth=0.4)
             ax.plot(*arrows, top, color="black", linewidth=0.6)
             ax.view_init(30, azimuth)
@@ -130,29 +126,24 @@ def draw_figure2(divs, beta, folder):
     save(folder, "figure2_gradient", "divergence X_1 X_2 dL_dX_1 dL_dX_2", gradient_rows)
 
 
-def arrow_lines(x1, x2, d1, d2, beta):
-    """Arrows along (d1, d2), centred on the points: two coordinates for ax.plot.
+def arrow_lines(points, gradient, beta):
+    """Arrows along the gradient, centred on the points, both (2, ...): two lines for ax.plot.
 
     matplotlib's 3d quiver stands its arrowheads upright, and so hides them in a flat plane. The
-    norms span decades: an arrow is 0.45 |d| / (|d| + beta) long.
+    norms span decades: an arrow is 0.45 |gradient| / (|gradient| + beta) long.
     """
-    arrow = 0.45 * torch.stack([d1, d2]) / (torch.hypot(d1, d2) + beta)  # (2, ...), as all below
-    tip = torch.stack(torch.broadcast_tensors(x1, x2)) + arrow / 2
+    arrow = 0.45 * gradient / (torch.hypot(*gradient) + beta)  # (2, ...), as all below
+    tip = points + arrow / 2
     neck = tip - 0.35 * arrow
     barb = 0.2 * torch.stack([-arrow[1], arrow[0]])
     corners = [tip - arrow, tip, neck + barb, tip, neck - barb, tip * math.nan]  # NaN lifts the pen
     return torch.stack(corners, dim=-1).flatten(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Theorem 4
-
-
 def draw_theorem4(divs, folder):
     """The ratio of eq. 7 over r = X_2 / X_1 at one X_1, and over X_1 at one r."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 3), sharey=True, layout="constrained")
+    figure = new_figure(3)
+    left, right = figure.subplots(1, 2, sharey=True)
     r, x1 = log_line(0.005, 0.995, 201), log_line(0.01, 100, 201)
     ones = torch.ones_like(r)
     rows = []
@@ -185,8 +176,7 @@ def check_theorem4():
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Smoothness
+# ---- Smoothness ----------------------------------------------------------------------------------
 
 
 def smoothness(divs, beta, folder):
@@ -194,27 +184,20 @@ def smoothness(divs, beta, folder):
 
     First all at beta, then each at beta / f''(1), where all are equally steep at (1, 1).
     """
-    rows, verdicts = [], []
+    rows, printed, verdicts = [], [MEASURES.split()], []
+    cases = list(itertools.product((gradient_norm, largest_eigenvalue), REGIONS))
     for setting in ("beta", "beta/f''(1)"):
         found = {}
         for div in divs:
             scale = 1.0 if setting == "beta" else div.curvature
-            numbers = measure_smoothness(div, beta / scale)
+            numbers = [largest(*case, div, beta / scale) for case in cases]
             found[div.name] = numbers
-            rows.append((setting, div.name, *numbers))
+            rows.append([setting, div.name, *numbers])
+            printed.append([setting, div.name, *map("{:.4g}".format, numbers)])
         if "js" in found:
             verdicts.append(f"At {setting} {verdict(found)}")
     save(folder, "smoothness", MEASURES, rows)
-    return "\n".join([markdown(MEASURES.split(), rows), *verdicts])
-
-
-def measure_smoothness(div, beta):
-    """For each of REGIONS the largest gradient norm and Hessian eigenvalue, all in one list."""
-    return [
-        largest(function, region, div, beta)
-        for region in REGIONS
-        for function in (gradient_norm, largest_eigenvalue)
-    ]
+    return "\n".join([markdown(printed), *verdicts])
 
 
 def gradient_norm(x1, x2, div, beta):
@@ -249,11 +232,8 @@ def third_derivative(x, div):
 
 
 def largest(function, region, div, beta):
-    """The maximum of function(x1, x2, div, beta) over the square region.
-
-    On a grid, then on finer ones around the best point so far; all are even in log X, the scale
-    on which these functions vary.
-    """
+    """The maximum of function(x1, x2, div, beta) over a square: on a grid, then on finer ones
+    around the best point so far, all even in log X, the scale on which these functions vary."""
     x1 = x2 = log_line(*region, 201)
     for _ in range(4):
         values = function(x1, x2[:, None], div, beta)  # rows X_2, columns X_1
@@ -276,28 +256,22 @@ def verdict(found):
     return f"Jensen-Shannon is the smoothest of the paper's rows in {wins} of {len(least)} columns"
 
 
-# --------------------------------------------------------------------------------------------------
-# Real runs
+# ---- Real runs -----------------------------------------------------------------------------------
 
 
 def read_run(folder):
-    """A folder of train.py -> (folder, divergence, beta, path). Raises UserError.
-
-    path (2, steps): X_w and X_l, each the geometric mean over the pairs of a step.
-    """
+    """(folder, divergence, beta, path) of a run. Raises UserError. path (2, steps): X_w and X_l,
+    each the geometric mean over the pairs of a step."""
     path = Path(folder, "config.json")
     try:
         args = json.loads(path.read_text("utf-8"))["args"]
         div = get_divergence(args["div"], args["alpha"])
         beta = args["beta"] / (div.curvature if args["match_curvature"] else 1)
         path = Path(folder, "metrics.jsonl")
-        entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        steps = [entry for entry in entries if entry["kind"] == "step"]
-        logs = [(step["log_X_w"], step["log_X_l"]) for step in steps]
-        logs = torch.tensor(logs, dtype=torch.float64)
-        if not steps or not logs.isfinite().all():
+        logs = [(step["log_X_w"], step["log_X_l"]) for step in read_log(folder, "step")]
+        if not logs or not np.isfinite(logs).all():
             raise ValueError("no optimiser step yet, or one that is not finite")
-        return folder, div, beta, logs.exp().T
+        return folder, div, beta, np.exp(logs).T
     except (OSError, ValueError, TypeError, KeyError) as error:
         why = f"cannot use {path} ({type(error).__name__}: {error})"
         fix = "--runs takes folders that train.py wrote; its --resume mends a log that was cut"
@@ -306,61 +280,60 @@ def read_run(folder):
 
 def draw_runs(runs, folder):
     """Each run's path on the contours of its surface."""
-    import matplotlib.pyplot as plt
-
     n_rows = math.ceil(len(runs) / 2)
-    figure = plt.figure(figsize=(PAGE, PAGE / 2 * n_rows), layout="constrained")
+    figure = new_figure(3.6 * n_rows)
     path_rows, surface_rows = [], []
     for run, div, beta, path in runs:
-        # A running mean of 9 steps, of fewer at the ends.
-        smooth = avg_pool1d(path, 9, stride=1, padding=4, count_include_pad=False)
+        smooth = np.apply_along_axis(running_mean, 1, path)  # (2, steps)
         # As far as the path goes, within limits: without a clamp a run may leave any page.
-        reach = (1.15 * (smooth - 1)).abs().max().clamp(0.001, 4.0)
-        x = log_line(max(1 - reach, 0.001), 1 + reach, 101)
-        loss = surface(x, x[:, None], div, beta)  # rows X_l, columns X_w
+        reach = np.clip(1.15 * np.abs(smooth - 1).max(), 0.001, 4)
+        points = square(log_line(max(1 - reach, 0.001), 1 + reach, 101))
+        loss = surface(*points, div, beta)  # (101, 101): rows X_l, columns X_w
         ax = figure.add_subplot(n_rows, 2, len(figure.axes) + 1, aspect="equal")
         # As many grid points between two lines everywhere: the loss may span decades.
         levels = loss.flatten().sort().values[400::1000].clamp(1e-9).unique()
-        ax.clabel(ax.contour(x, x, loss, levels), fmt="%.4g")
+        ax.clabel(ax.contour(*points, loss, levels), fmt="%.4g")
         ax.plot(*smooth, color="crimson", marker="o", markevery=[-1])
         title = rf"{Path(run).name}: {div.name}, $\beta$ = {beta:g}; the dot is the end"
         ax.set(title=title, xlabel="$X_w$", ylabel="$X_l$")
         ax.locator_params(nbins=5)
         path_rows += rows_of(run, *path)
-        surface_rows += rows_of(run, x, x[:, None], loss)
+        surface_rows += rows_of(run, *points, loss)
     save(folder, "runs", "run X_w X_l", path_rows, figure)
     save(folder, "runs_surface", "run X_w X_l loss", surface_rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Grids and tables
+# ---- Grids, figures, files -----------------------------------------------------------------------
 
 
 def log_line(low, high, n):
     """n points from low to high, in equal steps of log X."""
-    return torch.linspace(math.log(low), math.log(high), n, dtype=torch.float64).exp()
+    return torch.from_numpy(np.geomspace(low, high, n))
+
+
+def square(line):
+    """The points (2, n, n) of a plane: X_1 grows along its columns, X_2 along its rows."""
+    return torch.stack(torch.meshgrid(line, line, indexing="xy"))
+
+
+def new_figure(height):
+    """As wide as a page, so that its 7 point letters stay so in print; in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure((7.2, height), layout="constrained")
 
 
 def rows_of(name, *columns):
-    """A row for each element of the tensors, which broadcast, with `name` in front."""
-    flat = [column.flatten().tolist() for column in torch.broadcast_tensors(*columns)]
-    return [(name, *values) for values in zip(*flat)]
+    """A row for each element of the columns, all of one shape, with `name` in front."""
+    values = np.stack(columns).reshape(len(columns), -1).T
+    return [(name, *row) for row in values.tolist()]
 
 
 def save(folder, name, header, rows, figure=None):
     """name.csv, and name.png where there is a figure. header: the columns' names, one string."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header.split(), *rows])
-    write_file(Path(folder, f"{name}.csv"), text.getvalue())
+    write_csv(f"{folder}/{name}.csv", header.split(), rows)
     if figure:
-        save_figure(figure, Path(folder, f"{name}.png"))
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        lines.append([cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        save_figure(figure, f"{folder}/{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The objective, from noise predictions to a loss: eq. 5 to 7 and theorem 3 of the paper.
 
-A policy p_theta is wanted that maximises E[r] - beta D_f(p_theta || p_ref) (eq. 2; its Lagrangian
-is eq. 3). Its optimum tells the reward that a policy stands for, r = beta f'(X) + const (theorem 1,
-eq. 4). With Bradley-Terry, P(w beats l) = sigmoid(r_w - r_l), the constant cancels (theorem 2):
+A policy p_theta is wanted that maximises E[r] - beta D_f(p_theta || p_ref), under the constraints
+sum p_theta = 1 and p_theta >= 0 (eq. 2), with multipliers lambda and zeta for them (eq. 3). At its
+optimum beta f'(X) = r - lambda, so p* = p_ref (f')^-1((r - lambda) / beta), and a policy stands for
+the reward r = beta f'(X) + const (theorem 1, eq. 4). With Bradley-Terry, P(w beats l) =
+sigmoid(r_w - r_l), the constant cancels (theorem 2):
 
     loss = -log sigmoid( beta f'(X_w) - beta f'(X_l) ),   X = p_theta / p_ref             (eq. 5)
 
@@ -39,19 +41,19 @@ def reduce_dims(x, reduce):
     return x.mean(1) if reduce == "mean" else x.sum(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# log X of a denoising step
+# ---- log X of a denoising step -------------------------------------------------------------------
 
 
 def ddim_mean_std(eps, x_t, t, alphas_cumprod, num_steps, eta=1.0):
     """One DDIM step (Song et al. 2021, eq. 12 and 16): p(x_{t-1} | x_t) = N(mean, std^2).
 
     eps, x_t: (N, C, H, W); t: (N,) integer timesteps, each image its own; alphas_cumprod: (T,);
-    num_steps: of the sampler, whose next timestep is t - T // num_steps, or 0 at the last step.
+    num_steps: of the sampler, whose next timestep is t - T // num_steps ("leading" spacing, which
+    load_pipeline sees to), or 0 at the last step.
     Returns mean (N, C, H, W), std (N, 1, 1, 1) and x0 (N, C, H, W), the predicted clean latent.
     """
     t_prev = (t - len(alphas_cumprod) // num_steps).clamp(min=0)
-    a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
+    a_t = alphas_cumprod[t].view(-1, 1, 1, 1)  # alpha-bar at t, (N, 1, 1, 1)
     a_prev = alphas_cumprod[t_prev].view(-1, 1, 1, 1)
     variance = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
     std = eta * variance.sqrt()
@@ -64,7 +66,8 @@ def step_log_ratio(x_prev, mean, mean_ref, std, reduce="mean"):
     """u = log p_theta(x_prev) / p_ref(x_prev) of two Gaussians of one width. Returns (N,).
 
     x_prev, mean, mean_ref: (N, ...); std broadcasts against them, (N, 1, 1, 1) say. The difference
-    of two squares is taken in its factored form, so that no log-probability is ever formed.
+    of two squares in its factored form, so that no log-probability is ever formed. This is the
+    definition; training uses the fused form below.
     """
     x_prev, mean, mean_ref, std = map(at_least_fp32, (x_prev, mean, mean_ref, std))
     return reduce_dims((mean - mean_ref) * (x_prev - (mean + mean_ref) / 2) / std**2, reduce)
@@ -83,17 +86,16 @@ def step_log_ratios(
     eps, eps_ref, x_t, x_w, x_l = map(at_least_fp32, (eps, eps_ref, x_t, x_w, x_l))
     # The DDIM mean is linear in (eps, x_t), so mean - mean_ref is the mean of (eps - eps_ref, 0):
     # of two nearly equal means the difference would have lost digits that eps - eps_ref still has.
-    step = t, alphas_cumprod, num_steps, eta
-    difference, std, _ = ddim_mean_std(eps - eps_ref, torch.zeros_like(x_t), *step)
-    midpoint, _, _ = ddim_mean_std((eps + eps_ref) / 2, x_t, *step)
+    sampler = alphas_cumprod, num_steps, eta
+    difference, std, _ = ddim_mean_std(eps - eps_ref, torch.zeros_like(x_t), t, *sampler)
+    midpoint, _, _ = ddim_mean_std((eps + eps_ref) / 2, x_t, t, *sampler)
     direction = difference / std**2
     u_w = reduce_dims(direction * (x_w - midpoint), reduce)
     u_l = reduce_dims(direction * (x_l - midpoint), reduce)
     return u_w, u_l
 
 
-# --------------------------------------------------------------------------------------------------
-# log X of a finished image
+# ---- log X of a finished image -------------------------------------------------------------------
 
 
 def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
@@ -115,8 +117,7 @@ def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
     return reduce_dims(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ------------------------------------------------------------------------------------
 
 
 def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=None):
@@ -161,12 +162,14 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss as a surface over the two ratios
+# ---- The loss as a surface over the two ratios ---------------------------------------------------
 
 
 def surface(x1, x2, div, beta):
-    """Eq. 6: the loss over the plane of ratios (X_1, X_2) = (X_w, X_l) > 0; elementwise."""
+    """Eq. 6: the loss over the plane of ratios (X_1, X_2) = (X_w, X_l) > 0; elementwise.
+
+    The same as alignment_loss without a clamp, whose reward(u) is df(X) less a constant.
+    """
     return -F.logsigmoid(beta * (div.df(x1) - div.df(x2)))
 
 
@@ -177,8 +180,8 @@ def surface_gradient(x1, x2, div, beta):
 
 
 def gradient_ratio(x1, x2, div):
-    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), which theorem 4 puts in order.
-
-    How much a step raises the winner for what it lowers the loser.
+    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), what a step raises the winner for what it
+    lowers the loser. Theorem 4, where X_2 < X_1: fkl < alpha (falling in a) < rkl < 1, and
+    fkl < js < rkl.
     """
     return div.d2f(x1) / div.d2f(x2)

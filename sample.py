@@ -9,7 +9,6 @@ Writes a PNG per image and a labelled grid to --output_dir (pictures such as the
 Seed k gives the same picture at any batch size. train.py and evaluate.py call the same functions.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -17,18 +16,8 @@ import os
 import torch
 
 from loss import ddim_mean_std, step_log_ratios
-from parts.common import (
-    Parser,
-    UserError,
-    labelled_grid,
-    make_folder,
-    pick_device,
-    progress_bar,
-    read_prompts,
-    run_cli,
-    to_pil,
-    write_png,
-)
+from parts import common
+from parts.flags import check_range
 from parts.model import (
     decode,
     encode_prompts,
@@ -40,19 +29,18 @@ from parts.model import (
 )
 from parts.weights import resolve_model
 
-# --------------------------------------------------------------------------------------------------
-# Images from seeds
+# ---- Images from seeds ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def generate(
     pipe, prompts, seeds, num_steps=20, guidance=5.0, eta=0.0, batch_size=16, progress=None
 ):
-    """Images (N, 3, H, W) in [0, 1], on the CPU, of N prompts and N seeds. DDIM; SPO's eta is 0.
+    """Images (N, 3, H, W) in [0, 1], on the CPU, of N prompts and N seeds, by DDIM.
 
     One generator per image, always on the CPU: seed k is the same picture at any batch size and on
-    any device. progress: called after every denoising step with the share of an image that each
-    of the batch has gained, summed, so that a bar of N images moves at every step.
+    any device. progress: called after every denoising step with the part of the images that it
+    has made, so that a bar of N images moves at every step.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -86,16 +74,16 @@ def seed_of(p, k):
     return 10_000 + 100 * p + k
 
 
-def paint(pipe, prompts, count, num_steps=20, guidance=5.0, progress=None):
+def paint(pipe, prompts, count, num_steps=20, guidance=5.0, batch_size=16, progress=None):
     """(P, count, 3, H, W) in [0, 1]: `count` images of every prompt, with the seeds of seed_of."""
     each = [prompt for prompt in prompts for _ in range(count)]  # P * count, prompt by prompt
     seeds = [seed_of(p, k) for p in range(len(prompts)) for k in range(count)]
-    images = generate(pipe, each, seeds, num_steps, guidance, progress=progress)
+    settings = dict(batch_size=batch_size, progress=progress)
+    images = generate(pipe, each, seeds, num_steps, guidance, **settings)
     return images.view(len(prompts), count, *images.shape[1:])
 
 
-# --------------------------------------------------------------------------------------------------
-# Preference pairs: SPO's step-wise pool
+# ---- Preference pairs: SPO's step-wise pool ------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -111,7 +99,7 @@ class Pairs:
     t: torch.Tensor  # (M,) int64, the timestep of x_t
     prompt: torch.Tensor  # (M,) int64, a row of text
     text: torch.Tensor  # (P, 77, C)
-    scores: torch.Tensor  # (S, P, K), the judge's, of the K children at each of S steps
+    scores: torch.Tensor  # (steps, P, K), the judge's, of the K children at every judged step
     null: torch.Tensor  # (1, 77, C), the empty prompt
     guidance: float
     alphas_cumprod: torch.Tensor  # (T,)
@@ -130,13 +118,13 @@ class Pairs:
         Winner and loser share x_t, t and prompt: one prediction of either policy serves both.
         """
         x_t, t, text = self.x_t[index], self.t[index], self.text[self.prompt[index]]
-        where = x_t, t, text, self.null, self.guidance
-        eps = predict_noise(policy.unet, *where)  # (B, 4, h, w)
+        inputs = x_t, t, text, self.null, self.guidance
+        eps = predict_noise(policy.unet, *inputs)  # (B, 4, h, w)
         with policy.reference():
-            eps_ref = predict_noise(policy.unet, *where)
-        children = self.x_w[index], self.x_l[index]
-        sampler = self.alphas_cumprod, self.num_steps, self.eta
-        return step_log_ratios(eps, eps_ref, x_t, *children, t, *sampler, reduce)
+            eps_ref = predict_noise(policy.unet, *inputs)
+        x_w, x_l = self.x_w[index], self.x_l[index]
+        sampler = dict(alphas_cumprod=self.alphas_cumprod, num_steps=self.num_steps, eta=self.eta)
+        return step_log_ratios(eps, eps_ref, x_t, x_w, x_l, t, **sampler, reduce=reduce)
 
     @property
     def weight(self):
@@ -151,14 +139,13 @@ class Pairs:
 
 def join_pairs(parts):
     """The union of several ranks' Pairs, in their order."""
-    offset = 0
-    for part in parts:
-        part.prompt = part.prompt + offset
-        offset += len(part.text)  # part.prompt counts the rows of the union's text
-    rows = ("x_t", "x_w", "x_l", "t", "prompt", "text")
+    rows = ("x_t", "x_w", "x_l", "t", "text")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
     joined["scores"] = torch.cat([part.scores for part in parts], 1)
-    return dataclasses.replace(parts[0], **joined)
+    # prompt is a row of text: of the union's text it lies below those of the parts before
+    counts = torch.tensor([0] + [len(part.text) for part in parts[:-1]]).cumsum(0)
+    shifted = [part.prompt + below for part, below in zip(parts, counts)]
+    return dataclasses.replace(parts[0], **joined, prompt=torch.cat(shifted))
 
 
 @torch.no_grad()
@@ -190,7 +177,7 @@ def collect_pairs(
     P, K = len(prompts), num_children
     text, null = encode_prompts(pipe, prompts), encode_prompts(pipe, [""])
     judge_text = judge.encode(prompts).repeat_interleave(K, 0)  # a row per child
-    sampler = pipe.scheduler.alphas_cumprod, num_steps, eta
+    sampler = dict(alphas_cumprod=pipe.scheduler.alphas_cumprod, num_steps=num_steps, eta=eta)
 
     def predict(x, times, text):
         return predict_noise(pipe.unet, x, times, text, null, guidance)
@@ -205,23 +192,28 @@ def collect_pairs(
         scores = judge(images, judge_text, times).float().view(P, K)
         all_scores.append(scores)
         pool.append(clear_pairs(x_t, children, t, scores, threshold))
-    rows = [torch.cat(column) for column in zip(*pool)]
-    return Pairs(*rows, text, torch.stack(all_scores), null, guidance, *sampler)
+    x_t, x_w, x_l, t, prompt = (torch.cat(column) for column in zip(*pool))
+    rows = dict(x_t=x_t, x_w=x_w, x_l=x_l, t=t, prompt=prompt, text=text, null=null)
+    return Pairs(**rows, scores=torch.stack(all_scores), guidance=guidance, **sampler)
 
 
 @torch.no_grad()
 def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler, progress=None):
     """A DDIM trajectory per prompt with K children a step from first_step on; one of them goes on.
 
-    Yields (t, x_t (P, 4, h, w), its children (P K, 4, h, w), t_child, their x0 (P K, 4, h, w)). The
-    UNet's next prediction at a child tells the child's x0; the last children are images, at 0. A
-    RANDOM child goes on, so that the judge does not steer the trajectory, and its prediction is
-    there already. UNet rows per prompt at the defaults: 5 steps with one x_t, 15 with 4 children,
-    each twice for guidance: 2 (5 + 15 x 4) = 130.
+    Yields (t, x_t (P, 4, h, w), its children (P K, 4, h, w), t_child, their x0 (P K, 4, h, w)):
+
+        steps 0 .. first_step - 1   one x a prompt; predict, take one noisy DDIM step
+        step first_step             predict at x; its K children differ by their noise alone
+        every later step            predict at all children, which tells their x0: yield; a RANDOM
+                                    child goes on, its prediction is there, and has K children
+        after the last step         the children are images: yield them at timestep 0
+
+    So the judge, who sees what is yielded, does not steer the trajectory. UNet rows per prompt at
+    the defaults: 5 steps with one x, 15 with 4 children, twice for guidance: 2 (5 + 60) = 130.
     """
     P, device = len(text), text.device
-    alphas_cumprod, num_steps, eta = sampler
-    pipe.scheduler.set_timesteps(num_steps)
+    pipe.scheduler.set_timesteps(sampler["num_steps"])
 
     def noise(rows):
         return torch.randn(rows, *latent_shape(pipe), generator=generator).to(device)
@@ -232,7 +224,7 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
         times = torch.full((len(x),), t, device=device)
         # P rows at a time, with children and without: memory and compiled code know one size
         eps = in_slices(predict, P, x, times, text.repeat_interleave(len(x) // P, 0))
-        mean, std, x0 = ddim_mean_std(eps, x, times, alphas_cumprod, num_steps, eta)
+        mean, std, x0 = ddim_mean_std(eps, x, times, **sampler)
         if x_t is not None:
             yield t_parent, x_t, x, t, x0
             # x, its mean and its std are of the child that goes on; the others end here
@@ -242,7 +234,6 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
         if i < first_step:
             x = mean + std * noise(P)
         else:
-            # the children of one x_t differ by their noise alone
             x_t, t_parent = x, t
             x = mean.repeat_interleave(K, 0) + std.repeat_interleave(K, 0) * noise(P * K)
         if progress:
@@ -267,12 +258,14 @@ def clear_pairs(parent, children, t, scores, threshold):
     return [rows[clear] for rows in (parent, x_w, x_l, times, prompt)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
+
+
+RANGES = {"num_inference_steps": "[1, 500]", "batch_size": "[1, inf)", "eta": "[0, inf)"}
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     flag = parser.add_argument
     flag("prompt", nargs="*", help="prompts, each in quotes")
     flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
@@ -290,40 +283,42 @@ def build_parser():
 
 def main():
     args = build_parser().parse_args()
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = args.prompt + (common.read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
-        raise UserError('nothing to paint: give a prompt in quotes ("a red sun") or --prompts FILE')
-    if not 1 <= args.num_inference_steps <= 500 or args.batch_size < 1 or not args.eta >= 0:
-        raise UserError("--num_inference_steps must lie in 1..500, --batch_size >= 1, --eta >= 0")
-    device = pick_device(args.device)
+        raise common.UserError("nothing to paint: give a prompt in quotes, or --prompts FILE")
+    for name, allowed in RANGES.items():
+        check_range(name, getattr(args, name), allowed)
+    device = common.pick_device(args.device)
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
     # painting needs no more than half precision, which CPUs are slow in
     half = device.startswith("cuda")
     pipe = load_pipeline(where, device, torch.float16 if half else torch.float32)
     policy = load_policy(pipe.unet, args.lora) if args.lora else None
-    make_folder(args.output_dir)
+    common.make_folder(args.output_dir)
     each = [prompt for prompt in prompts for _ in args.seeds]
     seeds = args.seeds * len(prompts)
-    rows = {}
-    with progress_bar(total=len(each) * (2 if policy else 1), unit="images") as bar:
-        for name in ["reference", "aligned"] if policy else ["reference"]:
+    rows, names = {}, ["reference", "aligned"] if policy else ["reference"]
+    with common.progress_bar(total=len(each) * len(names), unit="images") as bar:
+        for name in names:
             is_reference = policy is not None and name == "reference"
             with policy.reference() if is_reference else contextlib.nullcontext():
                 settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
                 images = generate(pipe, each, seeds, *settings, progress=bar.update)
             rows[name] = images.view(len(prompts), len(args.seeds), *images.shape[1:])
-    for p, images in enumerate(rows[name]):  # files of the model asked for, its LoRA on
+    for p, images in enumerate(rows[names[-1]]):  # files of the model asked for, its LoRA on
         for seed, image in zip(args.seeds, images):
-            write_png(to_pil(image), os.path.join(args.output_dir, f"{p:03d}_seed{seed}.png"))
+            path = os.path.join(args.output_dir, f"{p:03d}_seed{seed}.png")
+            common.write_png(common.to_pil(image), path)
     grid = []
     for p, prompt in enumerate(prompts):
-        for name in rows:
+        for name in names:
             grid.append((f"{prompt}   [{name}]" if policy else prompt, rows[name][p]))
-    cell = 128 if images.shape[-1] < 128 else 256
-    labelled_grid(grid, os.path.join(args.output_dir, "grid.png"), cell)
+    width = rows[names[-1]].shape[-1]
+    cell = 128 if width < 128 else 256
+    common.labelled_grid(grid, os.path.join(args.output_dir, "grid.png"), cell)
     print(f"{len(each)} images and grid.png in {args.output_dir}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)

@@ -39,7 +39,6 @@ import torch
 
 from divergences import NAMES, get_divergence
 from loss import CLIPS, REDUCE, alignment_loss
-from parts import run as run_folder
 from parts.common import UserError, hold_out, make_folder, progress_bar, read_prompts, run_cli
 from parts.fast import load_preview, make_fast
 from parts.flags import parse
@@ -47,6 +46,7 @@ from parts.judges import JUDGES, load_judge
 from parts.model import Policy, load_pipeline
 from parts.pairs import hold_out_captions, open_pairs
 from parts.ranks import World
+from parts.run import Run, draw_curves, environment, save_pictures
 from parts.weights import find_training_prompts
 from sample import collect_pairs, join_pairs, paint
 
@@ -62,7 +62,7 @@ FLAGS = {
     "clip_range": (0.1, "(0, 1)", "c of the clamp of X to [1-c, 1+c]"),
     "log_ratio": ("mean", REDUCE, "log X over the latent; sum is the paper's X, mean is SPO's"),
     "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
-    "judge": ("step_aware", ("auto", "none", *JUDGES), "scores images; parts/judges.py"),
+    "judge": ("step_aware", ("auto", "none", *JUDGES), "auto: the default; parts/judges.py"),
     "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
     "prompts": (None, None, ".txt, .json, .jsonl, .csv (default: the model's own, or SPO's 4,000)"),
@@ -95,11 +95,11 @@ FLAGS = {
     "max_train_steps": (0, "[0, inf)", "stop after so many optimiser steps; 0: after the epochs"),
     "checkpointing_chunks": (1, "[1, inf)", "rollouts (--pairs: 20 steps) between states"),
     "num_eval_prompts": (32, "[1, inf)", "held out for the table at the end, at most half"),
-    "images_per_prompt": (4, "[1, inf)", "of that table"),
+    "images_per_prompt": (4, "[1, 100]", "of that table"),
     "output_dir": (None, None, "the run's folder (default: out/<model>-<div>)"),
     "resume": (False, None, "go on with the run in output_dir; flags left out are the run's"),
 }
-# with --pairs: Diffusion-DPO's beta (its code says 5000, where S = 1000 is drawn in), and no clamp
+# with --pairs: Diffusion-DPO's beta (5000 in its code, which has our S = 1000 in it), no clamp
 PAIRS_DEFAULTS = dict(beta=5.0, clip="none", judge="none")
 FULL_DEFAULTS = dict(learning_rate=2e-5, checkpointing_chunks=25)  # a state of SD1.5 is 14 GB
 # what a run with --pairs or --full changes; a model's train.json may have such sections too
@@ -110,12 +110,19 @@ FREE_ON_RESUME += ("device", "cache_dir", "pairs", "output_dir", "resume")
 
 
 def train(args, policy, source, div, beta, run, world, show):
-    """SPO's Algorithm 1 with eq. 5 as its loss. source: of chunks of pairs; show(epoch): paints."""
+    """SPO's Algorithm 1 with eq. 5 as its loss.
+
+    source (Rollouts below, or PairSet of parts/pairs.py): len(source) prompts or pairs an epoch;
+    source.collect(run, pairs_a_step, bar) -> pairs, the chunk at position run.seen. pairs: .order
+    (n,), .t (n,), .weight (n,), .log_ratios(policy, index, reduce) and .size, by which the chunk
+    moves the position. run: the folder and the position. show(epoch) paints its pictures.
+    """
     device = policy.parameters[0].device
     decay, fused = args.adam_weight_decay, device.type == "cuda"
     opt = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=decay, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # a rank without a pair must know its scale too
+    # a scaler makes its scale when it first scales; a rank without a pair would never make one
+    scaler.scale(torch.zeros((), device=device))
     run.begin(policy, opt, scaler)
     world.share(policy.parameters)
     # on all ranks: 40, as on SPO's four GPUs
@@ -176,8 +183,7 @@ def slices(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Where SPO's pairs come from (those of --pairs: parts/pairs.py)
+# ---- Where SPO's pairs come from (those of --pairs: parts/pairs.py) ------------------------------
 
 
 class Rollouts:
@@ -206,19 +212,12 @@ class Rollouts:
         generator = torch.Generator().manual_seed(int(seed))
         pairs = None  # of a rank that has no prompt left, at an epoch's end
         if mine:
-            pool = args.num_children, args.first_step, args.threshold
-            sampler = args.num_inference_steps, args.eta, args.guidance_scale
-            tick = len(batch) / args.num_inference_steps
-            pairs = collect_pairs(
-                self.pipe,
-                self.judge,
-                mine,
-                generator,
-                *pool,
-                *sampler,
-                progress=lambda: bar.update(tick),
-                preview=self.preview,
-            ).to("cpu")
+            steps = args.num_inference_steps
+            settings = dict(num_children=args.num_children, first_step=args.first_step)
+            settings |= dict(threshold=args.threshold, eta=args.eta, num_steps=steps)
+            settings |= dict(guidance=args.guidance_scale, preview=self.preview)
+            settings["progress"] = lambda: bar.update(len(batch) / steps)
+            pairs = collect_pairs(self.pipe, self.judge, mine, generator, **settings).to("cpu")
         # All ranks hold all pairs, so that they train on equal shares of them.
         everyone = [p for p in world.gather(pairs) if p is not None]
         pairs = join_pairs(everyone).to(self.pipe.unet.device)
@@ -229,8 +228,7 @@ class Rollouts:
         return pairs
 
 
-# --------------------------------------------------------------------------------------------------
-# What a person looks at
+# ---- What a person looks at ----------------------------------------------------------------------
 
 
 def make_show(args, pipe, policy, prompts, world):
@@ -245,13 +243,14 @@ def make_show(args, pipe, policy, prompts, world):
             with policy.reference():
                 reference = paint_with_bar(args, pipe, prompts, 6, "pictures, reference")
         images = paint_with_bar(args, pipe, prompts, 6, "pictures")
-        run_folder.save_pictures(args.output_dir, prompts, reference, images, epoch)
+        save_pictures(args.output_dir, prompts, reference, images, epoch)
 
     return show
 
 
 def paint_with_bar(args, pipe, prompts, count, title):
-    settings = args.num_inference_steps, args.guidance_scale
+    # no more at once than a rollout paints, whose memory fits
+    settings = args.num_inference_steps, args.guidance_scale, min(16, args.sample_batch_size)
     total = len(prompts) * count
     with progress_bar(total=total, unit="images", desc=title, leave=False) as bar:
         return paint(pipe, prompts, count, *settings, progress=bar.update)
@@ -266,13 +265,12 @@ def final_table(args, pipe, policy, judge, prompts, run):
     run.save_table(judge, prompts, before, after)
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def set_up(args, device, world):
     """(pipe, judge, policy, source of pairs, held-out prompts). What can be wrong is found here,
-    before a file is written."""
+    before the run's folder is made."""
     if args.mixed_precision == "auto":
         args.mixed_precision = "bf16" if device.startswith("cuda") else "no"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -340,13 +338,13 @@ def main():
     config = {"args": vars(args), "held_out": held_out, "command": " ".join(sys.argv)}
     # --resume refuses prompts or pairs that were edited meanwhile
     config["digest"] = hashlib.sha256((source.digest + "\n".join(held_out)).encode()).hexdigest()
-    run = run_folder.Run(args.output_dir, config | run_folder.environment(device), world.rank)
+    run = Run(args.output_dir, config | environment(device), world.rank)
     show = make_show(args, pipe, policy, held_out[:4], world)
     try:
         train(args, policy, source, div, beta, run, world, show)
         world.leave()
         if world.rank == 0:
-            run_folder.draw_curves(args.output_dir)
+            draw_curves(args.output_dir)
             final_table(args, pipe, policy, judge, held_out, run)
     except KeyboardInterrupt:
         again = f"python train.py --resume --output_dir {shlex.quote(args.output_dir)}"

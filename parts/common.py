@@ -24,6 +24,9 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line like every other bad input, not a page of usage."""
 
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
@@ -34,6 +37,8 @@ def run_cli(main):
     try:
         main()
     except (UserError, OSError, SafetensorError) as error:
+        if os.environ.get("DEBUG"):  # DEBUG=1 python train.py ...: where it came from
+            raise
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
@@ -71,12 +76,12 @@ def progress_bar(total=None, **options):
     if total is not None:
         count = "{n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}"
         options["bar_format"] = "{l_bar}{bar}| " + count
-    warnings.filterwarnings("ignore", category=TqdmWarning)  # 20 x 0.8 is a hair more than 16
+    # rounded fractions sum to a hair more than the total
+    warnings.filterwarnings("ignore", category=TqdmWarning)
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files: to a temporary name, to the disk, then renamed, so that a kill leaves the old file whole
+# ---- Files: to a temporary name, to the disk, then renamed: a kill leaves the old file whole -----
 
 
 def write_file(path, data):
@@ -84,7 +89,7 @@ def write_file(path, data):
 
     Raises UserError if the disk refuses; the old file is then still whole.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             if callable(data):
@@ -116,6 +121,29 @@ def make_folder(path, flag="--output_dir"):
         raise UserError(why) from error
 
 
+def write_csv(path, header, rows, comment=""):
+    """comment: lines above the header."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_file(path, comment + text.getvalue())
+
+
+def markdown(rows):
+    """A table; rows of text, the first of them its header."""
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|\n")
+    return "".join(lines)
+
+
+def read_json(path, fix):
+    """What a JSON file holds. Raises UserError, which ends with `fix`."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON ({error}): {fix}") from error
+
+
 def write_png(image, path):
     write_file(path, lambda file: image.save(file, "PNG"))
 
@@ -128,8 +156,7 @@ def save_figure(figure, path, dpi=130):
     plt.close(figure)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts
+# ---- Prompts -------------------------------------------------------------------------------------
 
 
 def read_prompts(path):
@@ -193,8 +220,7 @@ def hold_out(prompts, count):
     return training, [prompts[i] for i in sorted(held)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def to_pil(image):

@@ -1,17 +1,15 @@
 """How much do images differ? The metrics of the paper's Table 3.
 
-    rmse(a, b)  psnr(a, b)  ssim(a, b)  fsim(a, b)  lpips(a, b, net)      of two images
-    entropy_1d(a)  entropy_2d(a)                                          of one
+    rmse(a, b)  psnr(a, b)  ssim(a, b)  fsim(a, b)      of two images
+    entropy_1d(a)  entropy_2d(a)                        of one
 
-Images are uint8 (H, W, 3), numpy or torch, on any device; two images must be of one size
-(ValueError). RMSE, PSNR, SSIM and FSIM are those of the PyPI package image-similarity-measures
-0.3.6, whose numbers the paper prints, oddities included; a keyword gives each one's textbook
-convention (docs/metrics.md). The image-image CLIPScore is load_judge("clipscore").embed.
+Images are uint8 (H, W, 3), numpy or torch, on any device; two must be of one size. RMSE, PSNR, SSIM
+and FSIM are those of the PyPI package image-similarity-measures 0.3.6, whose numbers the paper
+prints, oddities included; a keyword gives each one's textbook convention (docs/metrics.md). What
+needs weights is had from load_metric: "lpips" and "clip_i", the image-image CLIPScore.
 """
 
-import functools
 import math
-import re
 
 import numpy as np
 import torch
@@ -20,33 +18,35 @@ import torch.nn.functional as F
 
 from parts.images import to_pixels
 from parts.judges import load_judge
+from parts.judges_clip import renamed, take
 from parts.weights import build, find_url, read_state
 
 LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way that a metric needs
 EPS = 1e-4  # phasepack's
+# of Rayleigh noise: mean + 2 sd by sigma, sigma by the median
+RAYLEIGH = (math.sqrt(math.pi / 2) + 2 * math.sqrt(2 - math.pi / 2)) / math.sqrt(math.log(4))
 
 
-def load_metric(name, device="cpu", weights=None):
-    """(prepare, compare): what is computed once an image, and of two prepared images.
-
-    compare is None if the metric is of one image.
-    """
+def load_metric(name, device, weights):
+    """(prepare, compare): what is computed once an image, and of two prepared ones (or None)."""
     if name == "lpips":
         net = LPIPS(device, weights)
         return net.features, net.distance
     if name == "clip_i":
         judge = load_judge("clipscore", device, weights)
         return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
-    of_one = {"entropy_1d": entropy_1d, "entropy_2d": entropy_2d}
-    if name in of_one:
-        return of_one[name], None
-    of_two = {"rmse": (tensor, rmse), "psnr": (tensor, psnr), "ssim": (tensor, ssim)}
-    of_two["fsim"] = fsim_maps, fsim_of_maps
-    return of_two[name]
+    formulas = {
+        "rmse": (tensor, rmse),
+        "psnr": (tensor, psnr),
+        "ssim": (tensor, ssim),
+        "fsim": (fsim_maps, fsim_of_maps),
+        "entropy_1d": (entropy_1d, None),
+        "entropy_2d": (entropy_2d, None),
+    }
+    return formulas[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# Of two images: RMSE, PSNR, SSIM, FSIM
+# ---- Of two images: RMSE, PSNR, SSIM, FSIM -------------------------------------------------------
 
 
 def tensor(image):
@@ -58,27 +58,20 @@ def planes(image):
     return tensor(image).permute(2, 0, 1).double()
 
 
-def same_size(a, b):
-    if tuple(a.shape) != tuple(b.shape):
-        raise ValueError(f"images of different sizes: {tuple(a.shape)} and {tuple(b.shape)}")
-
-
 def mean_squares(a, b, scale):
     """(3,) of ((a - b) / scale)^2. In fp32, summed pixel after pixel: numpy's way for these axes.
 
     And so the package's: at 512 x 512 its rounding is 1e-4 of the value.
     """
-    a, b = tensor(a).cpu().numpy(), tensor(b).cpu().numpy()
-    difference = (a.astype(np.float32) - b) / scale
-    return np.square(difference).mean((0, 1))
+    difference = tensor(a).float() - tensor(b)
+    return np.square(difference.cpu().numpy() / scale).mean((0, 1))
 
 
 def rmse(a, b, max_p=4095):
     """Root mean squared error: per channel, of pixels divided by max_p, then the mean of channels.
 
-    max_p 255 gives the textbook value, 16 times larger. Raises ValueError for images of two sizes.
+    max_p 255 gives the textbook value, 16 times larger.
     """
-    same_size(a, b)
     return float(np.sqrt(mean_squares(a, b, max_p)).mean())
 
 
@@ -87,7 +80,6 @@ def psnr(a, b, max_p=4095):
 
     max_p 255 gives the textbook value, 24.1 dB lower. Channels are averaged before the root.
     """
-    same_size(a, b)
     mse = float(mean_squares(a, b, 1).mean())
     return 20 * math.log10(max_p / math.sqrt(mse)) if mse else math.inf
 
@@ -96,11 +88,8 @@ def ssim(a, b, max_p=4095):
     """Structural similarity (Wang et al. 2004) over 7x7 windows, with sample covariances.
 
     K1 .01 and K2 .03 scale with max_p: at 4095 they drown most of the contrast of 8-bit images (.73
-    where the textbook's 255 says .2). Raises ValueError below 7 pixels.
+    where the textbook's 255 says .2).
     """
-    same_size(a, b)
-    if min(a.shape[:2]) < LEAST["ssim"]:
-        raise ValueError(f"SSIM's window is 7x7, the image {tuple(a.shape[:2])}")
     x, y = planes(a), planes(b)
     means = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y]), 7, stride=1)
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means
@@ -121,7 +110,6 @@ def fsim(a, b, wrap=True):
     NaN for an image without contrast (the safety checker's black one). wrap=False takes the
     gradient as it was meant. For many pairs: fsim_maps once an image, fsim_of_maps once a pair.
     """
-    same_size(a, b)
     return fsim_of_maps(fsim_maps(a, wrap), fsim_maps(b, wrap))
 
 
@@ -155,63 +143,44 @@ def gradient_magnitude(x, wrap=True):
 
 
 def phase_congruency(x):
-    """(C, H, W) fp64 -> (C, H, W): Kovesi's phase congruency, summed over 6 orientations.
-
-    The defaults of phasepack 1.5, sigma .5978. NaN where an image has no contrast at all.
-    """
+    """(C, H, W) fp64 -> (C, H, W): Kovesi's phase congruency, with phasepack 1.5's defaults."""
     spectrum = torch.fft.fft2(x)[:, None]
     total = 0
     for filters in log_gabor(*x.shape[1:], x.device):  # (4, H, W), of one orientation
         response = torch.fft.ifft2(spectrum * filters)  # (C, 4, H, W)
-        even, odd = response.real, response.imag
-        amplitude = (even**2 + odd**2).sqrt()
-        # energy: along the mean direction of (even, odd), less what is across it
-        sum_even, sum_odd = even.sum(1, keepdim=True), odd.sum(1, keepdim=True)
-        length = (sum_even**2 + sum_odd**2).sqrt() + EPS
-        along = (even * sum_even + odd * sum_odd) / length
-        across = (even * sum_odd - odd * sum_even) / length
-        energy = (along - across.abs()).sum(1)
-        noise = noise_threshold(amplitude[:, 0])
+        amplitude, resultant = response.abs(), response.sum(1, keepdim=True)
+        turned = response * (resultant / (resultant.abs() + EPS)).conj()
+        energy = (turned.real - turned.imag.abs()).sum(1)  # along their sum, less what is across
+        finest = amplitude[:, 0].flatten(1)  # its noise stands for 1 + 1/2 + 1/4 + 1/8, of 4 scales
+        # of an even count torch's median is the lower one, and minus that of -x the upper
+        median = (finest.median(1).values - (-finest).median(1).values) / 2
+        noise = (1.875 * RAYLEIGH * median).clamp(min=EPS)[:, None, None]
         sum_amplitude = amplitude.sum(1)
         band = (sum_amplitude / (amplitude.amax(1) + EPS) - 1) / 3  # the share that answers
-        weight = 1 / (1 + torch.exp(10 * (0.5 - band)))
+        weight = torch.sigmoid(10 * (band - 0.5))
         total = total + weight * (energy - noise).clamp(min=0) / sum_amplitude
     return total
 
 
-def noise_threshold(amplitude):
-    """(C, H, W) of the finest scale -> (C, 1, 1): mean + 2 sd of Rayleigh noise over all scales."""
-    flat = amplitude.flatten(1)
-    n = flat.shape[1]
-    below, above = flat.kthvalue((n + 1) // 2).values, flat.kthvalue(n // 2 + 1).values
-    median = (below + above) / 2
-    scale = median / math.sqrt(math.log(4)) * 1.875  # 1 + 1/2 + 1/4 + 1/8, of 4 scales
-    mean, deviation = math.sqrt(math.pi / 2), math.sqrt((4 - math.pi) / 2)
-    return (scale * (mean + 2 * deviation)).clamp(min=EPS)[:, None, None]
-
-
-@functools.lru_cache(maxsize=2)
 def log_gabor(height, width, device):
     """(6 orientations, 4 scales, H, W): phasepack's filters in the frequency plane, DC first."""
 
     def frequencies(n):  # cycles a pixel; of odd sizes the axis reaches 1/2 at both ends
         return torch.fft.fftfreq(n, (n - n % 2) / n, dtype=torch.float64, device=device)
 
-    x, y = frequencies(width)[None], frequencies(height)[:, None]
+    x, y = frequencies(width), frequencies(height)[:, None]
     radius, angle = torch.hypot(x, y), torch.atan2(-y, x)
     low_pass = 1 / (1 + (radius / 0.45) ** 30)
     wavelengths = radius.new_tensor([6, 12, 24, 48])[:, None, None]  # pixels
     octaves = torch.log(radius * wavelengths) / math.log(0.5978)
     scales = torch.exp(-(octaves**2) / 2) * low_pass  # 0 at DC
-    turns = radius.new_tensor(range(6))[:, None, None] * math.pi / 6
-    off = angle - turns
+    off = angle - radius.new_tensor(range(6))[:, None, None] * math.pi / 6
     distance = torch.atan2(off.sin(), off.cos()).abs()  # 0 to pi
     orientations = ((3 * distance).clamp(max=math.pi).cos() + 1) / 2
     return orientations[:, None] * scales
 
 
-# --------------------------------------------------------------------------------------------------
-# Entropies, of one image
+# ---- Entropies, of one image ---------------------------------------------------------------------
 
 
 def gray_levels(image):
@@ -245,18 +214,14 @@ def entropy_2d(image, quantised=False):
     return entropy_bits(gray * 2048 + around)
 
 
-# --------------------------------------------------------------------------------------------------
-# LPIPS (Zhang et al. 2018), version 0.1, AlexNet: the lpips package's default
-
-
-def lpips(a, b, net):
-    """Learned perceptual distance of two images, 0 for the same; net: an LPIPS."""
-    same_size(a, b)
-    return net.distance(net.features(a), net.features(b))
+# ---- LPIPS (Zhang et al. 2018), version 0.1, AlexNet: the lpips package's default ----------------
 
 
 class LPIPS:
-    """Distance of unit-normalised AlexNet features, weighted by 1,152 learned numbers. fp32."""
+    """Distance of unit-normalised AlexNet features, weighted by 1,152 learned numbers. fp32.
+
+    net.distance(net.features(a), net.features(b)) of two images of one size; 0 for the same.
+    """
 
     TRUNK = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
     HEADS = (
@@ -264,13 +229,12 @@ class LPIPS:
     )
     MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
-    def __init__(self, device="cpu", weights=None):
-        self.device, self.where = device, find_url(self.TRUNK, weights)
-        state = read_state(self.where)
-        trunk = {k.removeprefix("features."): v for k, v in state.items() if "classifier." not in k}
-        self.trunk = build(alexnet, trunk, self.where, device)
+    def __init__(self, device, weights):
+        self.device = device
+        path = find_url(self.TRUNK, weights)
+        self.trunk = build(alexnet, take(read_state(path), r"features\."), path, device)
         path = find_url(self.HEADS, weights)
-        heads = {re.sub(r"lin(\d)\.model\.1", r"\1", k): v for k, v in read_state(path).items()}
+        heads = renamed(read_state(path), {r"^lin(\d)\.model\.1": r"\1"})
         self.heads = build(lpips_heads, heads, path, device)
 
     def features(self, image):
@@ -279,10 +243,11 @@ class LPIPS:
         x = (x - x.new_tensor(self.MEAN)) / x.new_tensor(self.STD)
         x = x.permute(2, 0, 1)[None]
         maps = []
-        for layer in self.trunk:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                maps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        for number, convolution in self.trunk.items():
+            if number in ("3", "6"):
+                x = F.max_pool2d(x, 3, 2)
+            x = F.relu(convolution(x))
+            maps.append(F.normalize(x, eps=1e-10))
         return maps
 
     def distance(self, maps_a, maps_b):
@@ -292,20 +257,14 @@ class LPIPS:
 
 def alexnet():
     """The convolutions of AlexNet, numbered as torchvision's features."""
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 11, stride=4, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.ReLU(),
-    )
+    layers = {  # inputs, outputs, kernel, stride, padding
+        "0": (3, 64, 11, 4, 2),
+        "3": (64, 192, 5, 1, 2),
+        "6": (192, 384, 3, 1, 1),
+        "8": (384, 256, 3, 1, 1),
+        "10": (256, 256, 3, 1, 1),
+    }
+    return nn.ModuleDict({number: nn.Conv2d(*sizes) for number, sizes in layers.items()})
 
 
 def lpips_heads():

@@ -1,11 +1,9 @@
-"""How a flag of train.py gets its value: its table, the model's folder, the run that is resumed,
-the command line, each before the one after it."""
+"""How a flag of train.py gets its value: from its table, over that from the model's folder, over
+that from the run that is resumed, over that from the command line."""
 
-import argparse
-import json
 import os
 
-from parts.common import Parser, UserError
+from parts.common import Parser, UserError, read_json
 from parts.weights import TOY, read_train_json, resolve_model
 
 NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
@@ -13,7 +11,7 @@ NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batc
 
 def build_parser(flags, description):
     """flags: {name: (default, range or choices, what it is)}."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     for name, (default, allowed, text) in flags.items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -54,14 +52,13 @@ def parse(argv, description, flags, sections, free_on_resume):
         args.output_dir = os.path.join("out", name + ("-pairs" if args.pairs else ""))
     if args.resume:
         args = resumed_args(parser, argv, args.output_dir, flags, free_on_resume)
+        why = "the run's own"
     elif os.path.exists(os.path.join(args.output_dir, "config.json")):
         fix = "--resume goes on with it, another --output_dir starts anew"
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
     for name in NOT_WITH_PAIRS:
         if args.pairs and getattr(args, name) != parser.get_default(name):
-            raise UserError(
-                f"--{name} is about sampling pairs, and --pairs has them: leave one out"
-            )
+            raise UserError(f"--{name} is about sampling pairs: leave it or --pairs out")
     for name, (_, allowed, _) in flags.items():
         check_range(name, getattr(args, name), allowed)
     return args, why
@@ -69,12 +66,8 @@ def parse(argv, description, flags, sections, free_on_resume):
 
 def resumed_args(parser, argv, output_dir, flags, free_on_resume):
     """The settings of the run in output_dir. Raises UserError if a typed flag contradicts them."""
-    try:
-        with open(os.path.join(output_dir, "config.json")) as file:
-            saved = json.load(file)["args"]
-    except (OSError, ValueError, KeyError) as error:
-        what = f"nothing to resume in {output_dir!r} (no readable config.json)"
-        raise UserError(f"{what}: drop --resume, or give the run's folder") from error
+    path = os.path.join(output_dir, "config.json")
+    saved = read_json(path, "nothing to resume; drop --resume, or give the run's folder")["args"]
     if saved.keys() != flags.keys():
         raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
     parser.set_defaults(**saved)

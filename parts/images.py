@@ -1,7 +1,7 @@
 """Image files: found by their names, and read alike by whatever takes a folder of them."""
 
-import os
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,19 +16,16 @@ NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)", re.IGNORECASE)  # may li
 
 def list_images(folder):
     """({p: {k: path}}, other files), images by prompt and number. Raises UserError for twins."""
-    found, others = {}, []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name.isdigit()]
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            match = IMAGE_NAME.fullmatch(os.path.relpath(path, folder).replace(os.sep, "/"))
-            if match:
-                p, k = int(match[1]), int(match[2] or 0)
-                twin = found.setdefault(p, {}).setdefault(k, path)
-                if twin != path:
-                    raise UserError(f"{twin} and {path} are both image {k} of prompt {p}")
-            elif not NOTES.fullmatch(name):
-                others.append(path)
+    root, found, others = Path(folder), {}, []
+    for path in sorted([*root.glob("*"), *root.glob("[0-9]*/*")]):
+        match = IMAGE_NAME.fullmatch(path.relative_to(root).as_posix())
+        if match:
+            p, k = int(match[1]), int(match[2] or 0)
+            twin = found.setdefault(p, {}).setdefault(k, path)
+            if twin != path:
+                raise UserError(f"{twin} and {path} are both image {k} of prompt {p}")
+        elif path.is_file() and not NOTES.fullmatch(path.name):
+            others.append(path)
     return found, others
 
 
@@ -38,20 +35,14 @@ def to_pixels(images):
 
 
 def read_image(file):
-    """A path or an open file -> uint8 (H, W, 3): upright, gray three times, alpha dropped.
-
-    So cv2.imread and PIL's convert("RGB") agree; of 16-bit gray the upper 8 bits, as cv2 (PIL alone
-    would clip it to white). Raises UserError for what is no whole image.
-    """
+    """A path or an open file -> uint8 (H, W, 3): upright, gray three times, alpha dropped, and of
+    16-bit gray the upper 8 bits: as cv2.imread has it. Raises UserError for no whole image."""
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                gray = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
-                return np.repeat(gray[..., None], 3, 2)
-            if image.mode == "P":
-                image.info.pop("transparency", None)  # unused, and Pillow would warn about it
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image.info.pop("transparency", None)  # unused, and Pillow would warn about it
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = " ".join(str(error).split())[:100]
-        raise UserError(f"{file} is not a whole image ({why})") from error
+        raise UserError(f"{file} is not a whole image ({error})") from error

@@ -20,6 +20,8 @@
 Which resize and which constant make a published number, and how --weights DIR is laid out:
 docs/metrics.md. The models: judges_clip.py, judges_language.py. Your own judge is a class, here
 
+    import torch
+
     class Bright:
         reads_prompt = False
         def __init__(self, device, weights):
@@ -34,8 +36,6 @@ are known; with unclamped = True its images may overshoot [0, 1], as the VAE's d
 report(images, prompts) -> {name: (N,)}, more figures for the tables, and compile(size). Scores that
 are logits suit --threshold: a pair is trained on if softmax([best, worst]) differs by more than it.
 """
-
-import os
 
 from parts.common import UserError
 from parts.judges_clip import HPS, Aesthetic, CLIPScore, PickScore, StepAware
@@ -62,9 +62,6 @@ def load_judge(name, device="cpu", weights=None):
     """
     if name not in JUDGES:
         raise UserError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
-    if weights and not os.path.isdir(weights):
-        why = f"no weights folder {weights!r}: make it, with one subfolder per hub id"
-        raise UserError(f"{why}, or leave --weights out")
     judge = JUDGES[name](device, weights)
     judge.name = name
     return judge

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
+from loss import at_least_fp32
 from parts.common import to_pil
 from parts.fast import compile_at
+from parts.images import to_pixels
 from parts.weights import (
     build,
     find,
@@ -31,22 +32,25 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-def tower(width, layers, heads, **others):
-    """The sizes of a transformer, as arguments of transformers' configurations."""
+def tower(width, layers, heads, activation="gelu", **others):
+    """A transformer in the words of transformers' configurations, whose defaults differ in silence.
+
+    So CLIPConfig's own activation, quick_gelu, would give plausible but wrong cosines here.
+    """
     return dict(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        hidden_act=activation,
         **others,
     )
 
 
-# CLIPConfig's default activation, quick_gelu, would give plausible but wrong cosines
 VIT_H = dict(
     projection_dim=1024,
-    text_config=tower(1024, 24, 16, hidden_act="gelu"),
-    vision_config=tower(1280, 32, 16, patch_size=14, hidden_act="gelu"),
+    text_config=tower(1024, 24, 16),
+    vision_config=tower(1280, 32, 16, patch_size=14),
 )
 
 
@@ -56,35 +60,31 @@ class CLIP:
     The weights are frozen (parts/weights.build), so that no graph is kept without torch.no_grad.
     """
 
-    repo = None
     file = None  # None: the repo is a model's folder in transformers' format, with a config.json
     CONFIG = VIT_H  # where there is a file and so no config.json
-    resize = "pillow"  # or "tensor", see preprocess
-    crop = "round"  # or "floor"
+    NAMES = {}  # {pattern: replacement}: the checkpoint's names -> transformers'
+    resize, crop = "pillow", round  # see preprocess
     scale = None  # None: the checkpoint's own exp(logit_scale), about 100
-    half_on_cuda = False  # True where the reference runs in fp16
-    reads_prompt, unclamped = True, False
+    cuda_dtype = torch.float32  # fp16 where the reference runs in it
+    reads_prompt = True
 
-    def __init__(self, device="cpu", weights=None, dtype=None):
+    def __init__(self, device, weights, dtype=None):
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-        half = self.half_on_cuda and str(device).startswith("cuda")
-        dtype = dtype or (torch.float16 if half else torch.float32)
-        self.where = find(self.repo, self.file, weights)
-        if self.file is None:
-            config, state = read_config(self.where), read_folder(self.where)
+        dtype = dtype or (self.cuda_dtype if "cuda" in str(device) else torch.float32)
+        where = find(self.repo, self.file, weights)
+        if self.file:
+            config, state = self.CONFIG, read_state(where)
         else:
-            config, state = self.CONFIG, read_state(self.where)
-        config = CLIPConfig(**config)
-        state = self.rename(state)
-        self.clip = build(lambda: self.extend(CLIPModel(config)), state, self.where, device, dtype)
+            config, state = read_config(where), read_folder(where)
+        config, state = CLIPConfig(**config), self.rename(state)
+        self.clip = build(lambda: self.extend(CLIPModel(config)), state, where, device, dtype)
         self.size = config.vision_config.image_size
         if self.reads_prompt:
             self.tokenizer = load_tokenizer(CLIPTokenizer, CLIP_H, weights)
 
     def rename(self, state):
-        """The checkpoint's names -> transformers'. Old files hold position_ids 0, 1, 2, ... too."""
-        return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+        return renamed(state, self.NAMES)
 
     def extend(self, clip):  # StepAware hangs further modules into it
         return clip
@@ -92,10 +92,7 @@ class CLIP:
     def encode(self, prompts):
         """(P, D) unit vectors. A long prompt is cut to 77 tokens, its end token kept."""
         limit = self.clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=limit
-        )
-        ids = torch.tensor(tokens.input_ids)  # (P, 77)
+        ids = tokenize(self.tokenizer, prompts, limit)[:, 0]  # (P, 77)
         return torch.cat([self.encode_ids(some) for some in ids.split(64)])
 
     def encode_ids(self, ids):
@@ -106,11 +103,16 @@ class CLIP:
         return self.score(self.embed(images, t), text)
 
     def embed(self, images, t=None):
-        """(N, 3, H, W) in [0, 1] -> (N, D) unit vectors: their products compare two images."""
-        pixels = preprocess(images.to(self.clip.device), self.size, self.resize, self.crop)
-        return F.normalize(self.features(pixels), dim=-1)
+        """(N, 3, H, W) in [0, 1] -> (N, D) unit vectors: their products compare two images.
 
-    def features(self, pixels):
+        t (N,): the timesteps, which StepAware alone reads; None is 0, finished images.
+        """
+        images = images.to(self.clip.device)
+        pixels = preprocess(images, self.size, self.resize, self.crop)
+        t = torch.zeros(len(images)) if t is None else t
+        return F.normalize(self.features(pixels, t.to(images.device)), dim=-1)
+
+    def features(self, pixels, t=None):
         """(N, 3, S, S), preprocessed -> (N, D), not normalised."""
         return at_least_fp32(self.clip.get_image_features(pixels.to(self.clip.dtype)).pooler_output)
 
@@ -136,7 +138,7 @@ class PickScore(CLIP):
     """CLIP ViT-H-14 tuned on Pick-a-Pic, with transformers' preprocessing."""
 
     repo = "yuvalkirstain/PickScore_v1"
-    crop = "floor"
+    crop = math.floor
 
 
 class HPS(CLIP):
@@ -146,10 +148,39 @@ class HPS(CLIP):
     file = "HPS_v2_compressed.pt"  # HPS_v2.1_compressed.pt scores SD1.5 about 1.6 lower
     resize = "tensor"
     scale = 100
-    half_on_cuda = True
+    cuda_dtype = torch.float16
+    NAMES = {  # of open_clip
+        r"^transformer\.resblocks": "text_model.encoder.layers",
+        r"^visual\.transformer\.resblocks": "vision_model.encoder.layers",
+        r"\.ln_(\d)": r".layer_norm\1",
+        r"\.mlp\.c_fc": ".mlp.fc1",
+        r"\.mlp\.c_proj": ".mlp.fc2",
+        r"\.attn": ".self_attn",
+        r"^ln_final": "text_model.final_layer_norm",
+        r"^token_embedding": "text_model.embeddings.token_embedding",
+        r"^positional_embedding": "text_model.embeddings.position_embedding.weight",
+        r"^text_projection": "text_projection.weight",
+        r"^visual\.ln_pre": "vision_model.pre_layrnorm",  # sic
+        r"^visual\.ln_post": "vision_model.post_layernorm",
+        r"^visual\.conv1": "vision_model.embeddings.patch_embedding",
+        r"^visual\.class_embedding": "vision_model.embeddings.class_embedding",
+        r"^visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        r"^visual\.proj": "visual_projection.weight",
+    }
 
     def rename(self, state):
-        return from_open_clip(state)
+        """New names; projections transposed; in_proj split into q, k and v."""
+        translated = {}
+        for name, value in super().rename(state).items():
+            if name in ("text_projection.weight", "visual_projection.weight"):
+                translated[name] = value.T.contiguous()
+            elif ".in_proj_" in name:
+                attention, kind = name.split("in_proj_")  # kind: weight or bias
+                for letter, part in zip("qkv", value.chunk(3)):
+                    translated[f"{attention}{letter}_proj.{kind}"] = part
+            elif name != "attn_mask":
+                translated[name] = value  # build() names it if it is not CLIP's
+        return translated
 
 
 class Aesthetic(CLIP):
@@ -163,18 +194,18 @@ class Aesthetic(CLIP):
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac%2Blogos%2Bava1-l14-linearMSE.pth"
     )
-    half_on_cuda = True
+    cuda_dtype = torch.float16
     reads_prompt = False
 
-    def __init__(self, device="cpu", weights=None, dtype=None):
+    def __init__(self, device, weights, dtype=None):
         super().__init__(device, weights, dtype)
         path = find_url(self.HEAD, weights)
-        state = {k.removeprefix("layers."): v for k, v in read_state(path).items()}
+        state = renamed(read_state(path), {r"^layers\.": ""})
         width = self.clip.config.projection_dim
         self.head = build(lambda: linear_head(width), state, path, device, dtype or torch.float32)
 
     def encode(self, prompts):
-        return torch.zeros(len(prompts), 0, device=self.clip.device)
+        return torch.zeros(len(prompts), 0)
 
     def score(self, image, text):
         return self.head(image)[:, 0]
@@ -190,30 +221,24 @@ class StepAware(CLIP):
 
     repo = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
     file = "sd-v1-5_step-aware_preference_model.bin"
-    half_on_cuda = True
-    unclamped = True
-
-    def rename(self, state):
-        return {k.removeprefix("model."): v for k, v in super().rename(state).items()}
+    NAMES = {r"^model\.": ""}
+    resize = "vae"
+    cuda_dtype = torch.float16
+    unclamped = True  # images may overshoot [0, 1]
 
     def extend(self, clip):
-        return add_time(clip)
+        """Hangs the time conditioning's modules into a CLIPModel, under the checkpoint's names."""
+        width = clip.config.vision_config.hidden_size
 
-    def embed(self, images, t=None):
-        """images may overshoot [0, 1]. t (N,): their timesteps; None is 0, finished images."""
-        images = images.to(self.clip.device)
-        t = torch.zeros(len(images)) if t is None else t
-        return F.normalize(self.features(self.shrink(images), t.to(images.device)), dim=-1)
+        def modulation(count):
+            return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
-    def shrink(self, images):
-        """(N, 3, H, W) -> (N, 3, S, S), preprocessed as the checkpoint was trained.
-
-        Unlike elsewhere: bicubic without antialias, and clamped to [0, 1] only after that.
-        """
-        short = min(images.shape[-2:])
-        shape = [int(n * self.size / short + 0.5) for n in images.shape[-2:]]
-        resized = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic")
-        return crop_and_normalise(resized.clamp(0, 1), self.size)
+        for layer in clip.vision_model.encoder.layers:
+            layer.adaLN_modulation = modulation(6)
+        clip.vision_model.adaLN_modulation = modulation(2)
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        clip.t_embedder = nn.ModuleDict({"mlp": mlp})
+        return clip
 
     def features(self, pixels, t):
         """(N, 3, S, S), (N,) -> (N, D), not normalised."""
@@ -232,26 +257,10 @@ class StepAware(CLIP):
         return at_least_fp32(clip.visual_projection(class_token))
 
 
-def add_time(clip):
-    """Hangs the time conditioning's modules into a CLIPModel, under the checkpoint's names."""
-    width = clip.config.vision_config.hidden_size
-
-    def modulation(count):
-        return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
-
-    for layer in clip.vision_model.encoder.layers:
-        layer.adaLN_modulation = modulation(6)
-    clip.vision_model.adaLN_modulation = modulation(2)
-    clip.t_embedder = nn.Module()
-    clip.t_embedder.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-    return clip
-
-
-def sinusoids(t, width=256):
-    """(N,) timesteps -> (N, width) fp64: cosines, then sines, of frequencies 1 .. 1/10000."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float64, device=t.device) / half
-    angle = t.double()[:, None] * torch.exp(-math.log(10000) * steps)
+def sinusoids(t):
+    """(N,) timesteps -> (N, 256) fp64: cosines, then sines, of frequencies 1 .. 1/10000."""
+    steps = torch.arange(128, dtype=torch.float64, device=t.device) / 128
+    angle = t.double()[:, None] * 10000**-steps
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -267,89 +276,57 @@ def linear_head(width):
     return head
 
 
-# --------------------------------------------------------------------------------------------------
-# Preprocessing: half of a score's convention is how the image was shrunk
+# ---- Preprocessing: half of a score's convention is how the image was shrunk ---------------------
 
 
-def at_least_fp32(x):
-    """fp16 and bf16 -> fp32. fp64 stays, so that a test may compute in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def preprocess(images, size, resize="pillow", crop="round"):
+def preprocess(images, size, resize="pillow", crop=round):
     """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): short side to `size`, centre crop, normalised.
 
     resize: "pillow" shrinks 8-bit pixels (open_clip, OpenAI's CLIP, transformers); "tensor" shrinks
     floats, with antialias and without a clamp (torchvision on a tensor: HPSv2's and Diffusion-DPO's
-    way). The two differ by 0.3 grey levels in the mean.
+    way), 0.3 grey levels off in the mean; "vae" shrinks what the VAE made, beyond [0, 1] too,
+    without antialias, and clamps only after that (SPO). All are bicubic.
+    crop: half a pixel of margin is rounded (torchvision) or cut off (math.floor: transformers).
     """
+    half = 0.5 if resize == "vae" else 0  # SPO rounds the long side, the others cut it off
     short = min(images.shape[-2:])
-    shape = [int(size * n / short) for n in images.shape[-2:]]
-    if resize == "tensor":
-        x = F.interpolate(at_least_fp32(images), size=shape, mode="bicubic", antialias=True)
+    height, width = [int(size * n / short + half) for n in images.shape[-2:]]
+    if resize == "pillow":
+        small = [to_pil(image).resize((width, height)) for image in images]  # bicubic by default
+        x = to_pixels(torch.from_numpy(np.stack(small))).to(images.device)
     else:
-        size_of_pil, bicubic = (shape[1], shape[0]), Image.Resampling.BICUBIC
-        small = [to_pil(image).resize(size_of_pil, bicubic) for image in images.cpu()]
-        levels = torch.from_numpy(np.stack(small)).to(images.device)  # (N, height, width, 3)
-        x = levels.permute(0, 3, 1, 2) / 255
-    return crop_and_normalise(x, size, crop)
-
-
-def crop_and_normalise(x, size, crop="round"):
-    """(N, 3, h, w) in [0, 1] -> the centre (N, 3, size, size), by CLIP's mean and std.
-
-    crop: half a pixel of margin is rounded ("round", as torchvision) or cut off ("floor", as
-    transformers).
-    """
-    rounding = round if crop == "round" else math.floor
-    top, left = [rounding((n - size) / 2) for n in x.shape[-2:]]
+        options = dict(mode="bicubic", antialias=resize == "tensor")
+        x = F.interpolate(at_least_fp32(images), size=(height, width), **options)
+    if resize == "vae":
+        x = x.clamp(0, 1)
+    top, left = crop((height - size) / 2), crop((width - size) / 2)
     centre = x[..., top : top + size, left : left + size]
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return (centre - mean[:, None, None]) / std[:, None, None]
 
 
-# --------------------------------------------------------------------------------------------------
-# open_clip's names and layouts -> those of transformers' CLIPModel
-
-OPEN_CLIP_NAMES = (
-    (r"^transformer\.resblocks", "text_model.encoder.layers"),
-    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
-    (r"\.ln_1\.", ".layer_norm1."),
-    (r"\.ln_2\.", ".layer_norm2."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.", ".self_attn."),
-    (r"^ln_final", "text_model.final_layer_norm"),
-    (r"^token_embedding", "text_model.embeddings.token_embedding"),
-    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    (r"^text_projection", "text_projection.weight"),
-    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),  # sic
-    (r"^visual\.ln_post", "vision_model.post_layernorm"),
-    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
-    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.proj", "visual_projection.weight"),
-)
+def tokenize(tokenizer, texts, limit, padding="max_length"):
+    """(P, 2, L) token ids and their mask, L <= limit, the end token kept."""
+    options = dict(padding=padding, truncation=True, max_length=limit, return_tensors="pt")
+    tokens = tokenizer(list(texts), **options)
+    return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
 
-def renamed(name, patterns):
-    """A tensor's name after all of the (pattern, replacement)s."""
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
+# ---- Checkpoints {name: tensor}: their names -> those of transformers ----------------------------
 
 
-def from_open_clip(state):
-    """Names by the list above; projections transposed; in_proj split into q, k and v."""
-    translated = {}
+def renamed(state, names):
+    """Every name after all {pattern: replacement}s. Old files' position_ids, 0, 1, 2, ..., go."""
+    result = {}
     for name, value in state.items():
-        name = renamed(name, OPEN_CLIP_NAMES)
-        if name in ("text_projection.weight", "visual_projection.weight"):
-            translated[name] = value.T.contiguous()
-        elif ".in_proj_" in name:
-            attention, kind = name.split("in_proj_")  # kind: weight or bias
-            for letter, part in zip("qkv", value.chunk(3)):
-                translated[f"{attention}{letter}_proj.{kind}"] = part
-        elif name != "attn_mask":
-            translated[name] = value  # build() names it if it is not CLIP's
-    return translated
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        if not name.endswith("position_ids"):
+            result[name] = value
+    return result
+
+
+def take(state, start):
+    """Moves what begins with a pattern out of `state`: {the rest of its name: tensor}."""
+    names = [name for name in state if re.match(start, name)]
+    return renamed({name: state.pop(name) for name in names}, {f"^{start}": ""})

@@ -24,8 +24,7 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"  # in unet/, of a --full run
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention of the UNet, as SPO trains
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def load_pipeline(model, device="cpu", dtype=torch.float32):
@@ -65,8 +64,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     return pipe
 
 
-# --------------------------------------------------------------------------------------------------
-# The policy
+# ---- The policy ----------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
@@ -195,9 +193,7 @@ def load_policy(unet, path):
     """
     file = policy_file(path)
     if file is None:
-        raise UserError(
-            f"no LoRA at {path!r}: give a run's folder, with {LORA_FILE} or unet/ in it"
-        )
+        raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
     ranks = [len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")]
     full = "conv_in.weight" in state
@@ -210,8 +206,7 @@ def load_policy(unet, path):
     return policy
 
 
-# --------------------------------------------------------------------------------------------------
-# What the policy computes
+# ---- What the policy computes --------------------------------------------------------------------
 
 
 def latent_shape(pipe):

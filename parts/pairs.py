@@ -134,8 +134,7 @@ class ImagePairs:
         return noise_log_ratio(eps_hat, eps_ref, eps, len(alphas_cumprod), reduce).chunk(2)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def records(path):
@@ -190,8 +189,7 @@ def to_record(row, folder):
     return caption, images, abs(2 * label - 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Images -> latents, on disk
+# ---- Images -> latents, on disk ------------------------------------------------------------------
 
 
 def latents_folder(cache_dir, pipe):
@@ -225,7 +223,7 @@ def encode_once(image, pipe, folder):
     x = x[None].to(vae.device, vae.dtype)
     z = vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # other runs may be at it too
-    z.cpu().numpy().tofile(temporary)
+    temporary.write_bytes(z.cpu().numpy().tobytes())  # tofile would not notice a full disk
     temporary.replace(path)
     return path.name
 
@@ -240,8 +238,7 @@ def to_model(data, height, width):
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Held-out captions
+# ---- Held-out captions ---------------------------------------------------------------------------
 
 
 def hold_out_captions(data, prompts_file, count):

@@ -33,6 +33,8 @@ class World:
         device = pick_device(device)
         if self.size == 1:
             return device
+        if ":" in device:
+            raise UserError(f"{self.size} ranks cannot share {device}: say --device cuda")
         if device == "cuda":
             device = pick_device(f"cuda:{self.local}")
             torch.cuda.set_device(device)
@@ -61,7 +63,7 @@ class World:
 
     def gather_rows(self, parts):
         """[{name: (n_i,)}, ...], perhaps none on this rank -> {name: (all rows of all ranks,)}."""
-        return join(self.gather(join(parts)))
+        return concat(self.gather(concat(parts)))
 
     def share(self, tensors):
         """All ranks take rank 0's values: equal seeds make equal weights on equal machines only."""
@@ -100,7 +102,7 @@ class World:
             raise
 
 
-def join(parts):
+def concat(parts):
     """[{name: (n_i,)}, ...] -> {name: (sum of n_i,)}, on the CPU; {} of nothing."""
     parts = [part for part in parts if part]
     names = parts[0] if parts else {}

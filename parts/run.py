@@ -1,31 +1,12 @@
 """A run's folder: what is written there, how --resume reads it, and what a person looks at.
 
 config.json          flags, held-out prompts, versions, commit, device
-metrics.jsonl        pandas.read_json(..., lines=True); its lines are of a `kind`, see below
+metrics.jsonl        pandas.read_json(..., lines=True); docs/log.md: what each number means
 samples/             epoch_NNN.png: the reference above the aligned model, fixed prompts and seeds
 evolution.gif        those pictures, from the first epoch to the last
 curves.png table.md  the log as curves; held-out prompts before and after
 pytorch_lora_weights.safetensors, or unet/ of a --full run: for others
 state.pt             for --resume: policy, optimiser, position; written whole after every chunk
-
-kind "step": one optimiser step, means over its pairs, each counted once whatever its weight
-  loss            -log sigmoid(margin); ln 2 = 0.693 while the policy is the reference
-  margin          beta f'(X_w) - beta f'(X_l)
-  accuracy        share of pairs with X_w > X_l BEFORE they are trained on, ties 1/2. Above 0.5 is
-                  signal; at 0.5 the run is a random walk and needs a calmer setting
-  X_w X_l         p_theta / p_ref of winner and loser before the clamp; their order is what counts
-  log_X_w log_X_l means of log X: without a clamp single pairs rule the means of X itself
-  clip_fraction   share of ratios that the clamp changed. Beyond 0.3 much of the gradient is gone:
-                  lower the learning rate, or --clip onesided
-  grad_norm       before clipping; null where fp16 overflowed and the step was skipped
-  lr pairs seconds
-  loss_q1 .. X_l_q4    the same over timesteps 0-249, .. 750-999; null if a step had no such pair
-kind "rollout": one round of sampling; none with --pairs
-  judge_mean judge_std  over every judged child, at all steps
-  judge_final           mean over the finished images; prompts differ, so compare epochs
-  valid pairs           share and number of the candidates that were clear enough to train on
-  seconds peak_gb       time; peak memory of CUDA's allocator, or of the process on a CPU
-kind "table": the figures of table.md. kind "error": why the run stopped
 """
 
 import itertools
@@ -40,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parts.common import UserError, labelled_grid, peak_gb, save_figure, write_file
+from parts.common import UserError, labelled_grid, peak_gb, read_json, save_figure, write_file
 from parts.diversity import entropy_1d, rmse
 
 
@@ -54,25 +35,27 @@ class Run:
         self.state_path = os.path.join(folder, "state.pt")
 
     def begin(self, policy, opt, scaler):
-        """Writes a new run's first state, or goes on from the state that is there."""
-        if os.path.exists(self.state_path):
+        """Writes a new run's first state or, with --resume, goes on from the one that is there."""
+        resume, there = self.config["args"]["resume"], os.path.exists(self.state_path)
+        if resume:
             self.check_digest()
-            self.load(policy, opt, scaler)
-            print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
-        elif os.path.exists(self.log_path):
-            where = f"nothing to resume in {self.folder!r}"
-            raise UserError(f"{where}: its state.pt is gone; start again in another --output_dir")
-        else:
-            self.save(policy, opt, scaler)
+        if resume and not there and os.path.exists(self.log_path):
+            what = f"nothing to resume in {self.folder!r}: its state.pt is gone"
+            raise UserError(f"{what}; start again in another --output_dir")
         if self.rank == 0:
             config = json.dumps(self.config, indent=2) + "\n"
             write_file(os.path.join(self.folder, "config.json"), config)
+        if resume and there:
+            self.load(policy, opt, scaler)
+            print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
+        else:  # a run that was killed before its first state begins again
+            self.save(policy, opt, scaler)
 
     def check_digest(self):
-        with open(os.path.join(self.folder, "config.json")) as file:
-            if json.load(file)["digest"] != self.config["digest"]:
-                what = "the prompts, or the pairs or their images, were edited since this run began"
-                raise UserError(f"{what}: put them back, or start in another --output_dir")
+        saved = read_json(os.path.join(self.folder, "config.json"), "nothing to resume")
+        if saved["digest"] != self.config["digest"]:
+            what = "the prompts, or the pairs or their images, were edited since this run began"
+            raise UserError(f"{what}: put them back, or start in another --output_dir")
 
     def save(self, policy, opt, scaler):
         """The policy for others, then all that a bit-for-bit continuation needs."""
@@ -205,8 +188,7 @@ def environment(device):
     return {"versions": versions, "git_commit": commit, "device": name}
 
 
-# --------------------------------------------------------------------------------------------------
-# What a person sees
+# ---- What a person sees --------------------------------------------------------------------------
 
 
 def save_pictures(folder, prompts, reference, images, epoch):

@@ -5,13 +5,14 @@ A folder of weights (--weights DIR) has one subfolder per hub id, named by its l
 lie in DIR itself. Files are safetensors, or torch files of which only tensors are ever unpickled.
 """
 
+import glob
 import hashlib
-import json
 import os
 import re
 import socket
 import sys
 import warnings
+import zipfile
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from parts.common import UserError
+from parts.common import UserError, read_json
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
@@ -34,8 +35,7 @@ class WeightsMissing(UserError):
     """Weights that cannot be had here: not in the folder, or not downloaded and no hub in reach."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Where they are
+# ---- Where they are ------------------------------------------------------------------------------
 
 
 def hub_out_of_reach():
@@ -58,83 +58,53 @@ def find(repo, file=None, weights=None, repo_type="model"):
     weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at.
     """
     name = repo.split("/")[-1]
-    hint = f"hf download {repo}" + (f" {file}" if file else "")
-    if repo_type == "dataset":
-        hint += " --repo-type dataset"
+    command = f"hf download {repo} {file or ''} --repo-type {repo_type}"
     if weights:
-        places = [os.path.join(weights, name, file or "").rstrip("/")]
-        if file:
-            places.append(os.path.join(weights, file))
+        folder = os.path.join(weights, name)
+        places = [os.path.join(folder, file), os.path.join(weights, file)] if file else [folder]
         for place in places:
             if os.path.exists(place):
                 return place
-        folder = os.path.join(weights, name)
-        raise WeightsMissing(f"{places[0]} is not there: {hint} --local-dir {folder}")
+        raise WeightsMissing(f"{places[0]} is not there: {command} --local-dir {folder}")
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    local = hub_out_of_reach()
+    offline = hub_out_of_reach()
+    options = dict(repo_type=repo_type, local_files_only=offline)
     try:
         if file:
-            return hf_hub_download(repo, file, repo_type=repo_type, local_files_only=local)
+            return hf_hub_download(repo, file, **options)
         for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
-            where = snapshot_download(
-                repo,
-                local_files_only=local,
-                allow_patterns=["*.json", kind],
-                ignore_patterns=["open_clip*"],
-            )
-            if weight_files(where):
-                return where
+            wanted = dict(allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
+            folder = snapshot_download(repo, **wanted, **options)
+            if weight_files(folder):
+                return folder
         raise FileNotFoundError("no weights in it")
     except Exception as error:  # no network, no such file, no permission: a dozen types
-        why = "not downloaded, and the hub is out of reach" if local else first_line(error)
-        what = f"{repo} {file or ''}".strip()
-        raise WeightsMissing(f"weights {what}: {why}: {hint}") from error
+        why = "not downloaded, and the hub is out of reach" if offline else first_line(error)
+        raise WeightsMissing(f"weights {repo} {file or ''}: {why}: {command}") from error
 
 
-def find_url(url, weights=None):
+def find_url(url, weights=None, sha256=None):
     """Path of a file from a plain address, kept where torch.hub keeps its downloads."""
     name = unquote(url.split("/")[-1])
     path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
-    if os.path.exists(path):
-        return path
-    by_hand = f"curl -L -o '{path}' '{url}'"
-    if weights:
-        raise WeightsMissing(f"{path} is not there: {by_hand}")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=False)
-    except OSError as error:
-        raise WeightsMissing(f"cannot download {name} ({error}): {by_hand}") from error
+    command = f"curl -L -o '{path}' '{url}'"
+    if not os.path.exists(path):
+        if weights:
+            raise WeightsMissing(f"{path} is not there: {command}")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+        except OSError as error:
+            raise WeightsMissing(f"cannot download {name} ({error}): {command}") from error
+    if sha256:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise UserError(f"{path} is another file (its checksum differs): {command}")
     return path
 
 
-def find_spo_prompts(weights=None):
-    """Path of SPO's 4,000 training prompts (captions of Pick-a-Pic v1), downloaded and checked."""
-    try:
-        path = find_url(SPO_PROMPTS_URL, weights)
-    except WeightsMissing as error:
-        raise UserError(f"SPO's training prompts: {error}; or give --prompts FILE") from error
-    with open(path, "rb") as file:
-        if hashlib.sha256(file.read()).hexdigest() != SPO_PROMPTS_SHA256:
-            raise UserError(
-                f"{path} is not the file of SPO's 4,000 prompts (its checksum differs): "
-                "delete it, or give --prompts FILE"
-            )
-    return path
-
-
-def find_hpdv2_prompts(weights=None):
-    """Path of HPD v2's 400 test prompts, those of the paper's Tables 2 and 3."""
-    try:
-        return find("ymhao/HPDv2", "test.json", weights, repo_type="dataset")
-    except WeightsMissing as error:
-        why = f"the HPDv2 test prompts cannot be had ({error}); or give --prompts FILE"
-        raise UserError(why) from error
-
-
-# --------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def first_line(error):
@@ -145,19 +115,15 @@ def first_line(error):
 
 def read_state(path):
     """{name: tensor} of a .safetensors or a torch file. Nothing but tensors is ever unpickled."""
+    path = str(path)
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a damaged archive
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{path} cannot be read as pure weights ({why}): damaged, or a pickle that runs code; "
-            "download it again"
-        ) from error
+        why = f"damaged, or a pickle that runs code ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{path} cannot be read as pure weights: {why}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
@@ -177,9 +143,7 @@ def read_folder(folder):
     """{name: tensor} of all shards in a model's folder."""
     files = weight_files(folder)
     if not files:
-        raise WeightsMissing(
-            f"no weights (model*.safetensors or pytorch_model*.bin) in {folder}: download it again"
-        )
+        raise WeightsMissing(f"no model*.safetensors or *.bin in {folder}: download it again")
     state = {}
     for file in files:
         state |= read_state(file)
@@ -187,11 +151,7 @@ def read_folder(folder):
 
 
 def read_config(folder):
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable config.json: download it again") from error
+    return read_json(os.path.join(folder, "config.json"), "download it again")
 
 
 def load_tokenizer(cls, repo, weights=None):
@@ -204,8 +164,7 @@ def load_tokenizer(cls, repo, weights=None):
         raise WeightsMissing(f"no tokenizer at {where}: {hint}") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Building
+# ---- Building ------------------------------------------------------------------------------------
 
 
 def check_keys(expected, state, path):
@@ -241,8 +200,7 @@ def build(make, state, path, device, dtype=torch.float32):
     return module.requires_grad_(False).eval().to(device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Stable Diffusions
+# ---- Stable Diffusions ---------------------------------------------------------------------------
 
 
 def resolve_model(model):
@@ -255,13 +213,7 @@ def resolve_model(model):
 def read_train_json(where):
     """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
     path = os.path.join(where, "train.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+    return read_json(path, "mend it") if os.path.exists(path) else {}
 
 
 def find_prompts(where):
@@ -275,7 +227,7 @@ def find_training_prompts(model, path=None, weights=None):
     where, _ = resolve_model(model)
     path = path or find_prompts(where)
     if path is None and where == SD15:
-        path = find_spo_prompts(weights)
+        path = find_url(SPO_PROMPTS_URL, weights, SPO_PROMPTS_SHA256)
     if path is None:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
     return path
@@ -294,22 +246,16 @@ def silence_libraries():
 
 
 def check_folder(folder):
-    """Raises UserError, naming the part, unless folder holds a whole Stable Diffusion."""
-    parts = ("unet", "vae", "text_encoder")
-    configs = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json"]
-    for name in configs + [f"{part}/config.json" for part in parts]:
+    """Raises UserError, naming the part, where the libraries would say less (of a tokenizer that is
+    missing: nothing)."""
+    for name in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not os.path.exists(os.path.join(folder, name)):
             raise UserError(f"model folder {folder!r} lacks {name}: give a whole diffusers folder")
-    for part in parts:
-        names = os.listdir(os.path.join(folder, part))
-        files = [os.path.join(folder, part, n) for n in names if n.endswith(".safetensors")]
-        if not files:
-            raise UserError(f"model folder {folder!r} has no .safetensors in {part}/: convert it")
-        for file in files:
-            try:
-                safe_open(file, "pt")  # reads the header and checks the file's length
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged ({error}): copy it again") from error
+    for file in glob.glob(os.path.join(glob.escape(folder), "*", "*.safetensors")):
+        try:
+            safe_open(file, "pt")  # reads the header and checks the file's length
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}): copy it again") from error
 
 
 def ddim_scheduler(config):
@@ -322,10 +268,8 @@ def ddim_scheduler(config):
 
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon" or config.get("rescale_betas_zero_snr"):
-        why = f"this one's scheduler says prediction_type {prediction}"
-        raise UserError(
-            f"only noise-predicting models (epsilon, no zero-SNR) can be aligned: {why}"
-        )
+        why = f"not {prediction}, nor with zero-SNR"
+        raise UserError(f"only noise-predicting models (prediction_type epsilon) work here: {why}")
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
     needed |= dict(steps_offset=1, timestep_spacing="leading")
     for name, value in needed.items():
@@ -340,7 +284,5 @@ def check_shape(pipe, where):
     if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
     if unet.in_channels != vae.latent_channels:
-        channels = (
-            f"its UNet takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
-        )
+        channels = f"UNet {unet.in_channels} channels, VAE {vae.latent_channels}"
         raise UserError(f"{where!r} is not a text-to-image model: {channels}")

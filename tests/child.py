@@ -43,9 +43,7 @@ def _main(argv, output, environment, kill, change):
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     os.environ.update(environment)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where pytest runs behind an &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would have it ignored
     torch.set_num_threads(1)
     if kill:
         _arm(*kill)

@@ -171,3 +171,9 @@ def small_files():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """No test meets, or leaves, anything in the out/ of whoever runs it."""
+    monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from parts.judges_clip import CLIP_H, StepAware, add_time
+from parts.judges_clip import CLIP_H, StepAware
 from parts.model import Policy
 from parts.weights import TOY, silence_libraries
 
@@ -90,7 +90,7 @@ def step_aware(config, device="cpu", dtype=torch.float32):
     config = CLIPConfig(**config)
     judge = object.__new__(StepAware)  # its __init__ reads a checkpoint
     with torch.device(device):
-        judge.clip = add_time(CLIPModel(config))
+        judge.clip = judge.extend(CLIPModel(config))
     judge.clip.requires_grad_(False).eval().to(dtype)
     judge.size, judge.tokenizer = config.vision_config.image_size, tokenizer()
     return judge

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 from test_train import same, weights
 
 import train
@@ -73,7 +74,9 @@ def test_cuda_asked_for_where_there_is_none(command, small_run, tmp_path):
     assert code == 2 and "torch sees 0 GPUs" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("change, words", [({"bata": 1}, "bata is no flag"), ("{", "is not JSON")])
+@pytest.mark.parametrize(
+    "change, words", [({"bata": 1}, "bata is no flag"), ("{", "train.json as JSON")]
+)
 def test_a_models_train_json(command, micro, tmp_path, change, words):
     """A typing error in a model folder's defaults is not ignored."""
     import json
@@ -126,14 +129,15 @@ def test_wrong_json_and_csv_is_named(tmp_path, name, content):
 
 def test_spo_prompts_are_checked(tmp_path, monkeypatch):
     path = tmp_path / "4k_training_prompts.json"
-    with pytest.raises(common.UserError, match="SPO's training prompts: .* is not there: curl"):
-        store.find_spo_prompts(str(tmp_path))
+    sd15 = store.SD15, None, str(tmp_path)
+    with pytest.raises(common.UserError, match="4k_training_prompts.json is not there: curl"):
+        store.find_training_prompts(*sd15)
     path.write_text('[{"caption": "a sun"}]')
     with pytest.raises(common.UserError, match="checksum differs"):
-        store.find_spo_prompts(str(tmp_path))
+        store.find_training_prompts(*sd15)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(store, "SPO_PROMPTS_SHA256", digest)
-    assert common.read_prompts(store.find_spo_prompts(str(tmp_path))) == ["a sun"]
+    assert common.read_prompts(store.find_training_prompts(*sd15)) == ["a sun"]
 
 
 def test_a_model_that_needs_prompts_says_so(command, micro, tmp_path):
@@ -178,7 +182,7 @@ def test_an_output_folder_that_cannot_be_written(command, small_run, tmp_path):
 
 
 @pytest.fixture
-def finished(command, small_run, tmp_path):
+def finished(command, small_run, unpainted, tmp_path):
     flags = ["--div", "js", "--max_train_steps", 1, "--output_dir", tmp_path / "r"]
     code, _, err = command("train.py", *small_run, *flags)
     assert code == 0, err
@@ -304,8 +308,11 @@ def test_what_is_no_fault_of_the_disk_is_not_blamed_on_it(tmp_path):
 
 def test_the_disk_fills_up_while_images_are_encoded(small_files, micro, tmp_path):
     """No latent is left that looks whole: a later run makes it."""
-    pipe, path = load_pipeline(micro), tmp_path / "latent"
+    pipe, image = load_pipeline(micro), tmp_path / "image.png"
+    Image.new("RGB", (48, 48)).save(image)
     small_files(500)
     with pytest.raises(OSError, match="File too large"):
-        pairs.encode(torch.zeros(3, 48, 48), pipe.vae, path)
-    assert not path.exists()
+        pairs.encode_once(image, pipe, tmp_path)
+    small_files(None)
+    key = pairs.encode_once(image, pipe, tmp_path)
+    assert (tmp_path / key).stat().st_size == 4 * 4 * 12 * 12

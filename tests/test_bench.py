@@ -12,6 +12,7 @@ import pytest
 import random_models
 import timing
 import torch
+from conftest import ROOT
 
 from parts import diversity
 from parts.judges_clip import StepAware
@@ -141,7 +142,7 @@ def test_training_on_saved_random_models(capsys, command, micro, tmp_path, monke
 
     random_models.save(str(tmp_path), random_models.SMALL_JUDGE, make)
     flags = ["--model", tmp_path / "sd15", "--weights", tmp_path / "weights"]
-    flags += ["--judge", "step_aware", "--prompts", "toy/prompts.txt", "--threshold", 0]
+    flags += ["--judge", "step_aware", "--prompts", f"{ROOT}/toy/prompts.txt", "--threshold", 0]
     flags += ["--num_inference_steps", 5, "--sample_batch_size", 2, "--max_train_steps", 1]
     flags += ["--num_eval_prompts", 1, "--images_per_prompt", 1, "--output_dir", tmp_path / "run"]
     code, _, err = command("train.py", "--div", "js", *flags)

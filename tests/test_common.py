@@ -166,7 +166,8 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b"old")
 
     def kill(*names):
-        assert (tmp_path / "file.tmp").read_bytes() == b"new"  # whole, before the rename
+        (temporary,) = tmp_path.glob("*.tmp")
+        assert temporary.read_bytes() == b"new"  # whole, before the rename
         raise SystemExit
 
     monkeypatch.setattr(os, "replace", kill)

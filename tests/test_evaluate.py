@@ -118,10 +118,10 @@ def test_a_folder_of_images(evaluate_, folder, home):
     pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
     assert scores(home, "theirs", "taste") == pytest.approx(Taste()(pixels).tolist(), rel=1e-5)
     taste, rmse = (read_csv(home / f"theirs/scores/{m}.csv") for m in ("taste", "rmse"))
-    keys = [(line["prompt_index"], line["image"]) for line in taste]
+    keys = [(line["prompt_index"], line["images"]) for line in taste]
     assert keys == [(p, k) for p in "012" for k in "01"]
-    keys = [(line["prompt_index"], line["image_1"], line["image_2"]) for line in rmse]
-    assert keys == [(p, "0", "1") for p in "012"]
+    keys = [(line["prompt_index"], line["images"]) for line in rmse]
+    assert keys == [(p, "0 1") for p in "012"]
 
 
 def test_the_tables(evaluate_, folder, home):
@@ -267,7 +267,7 @@ def test_arrows_point_to_what_varies_more(tmp_path, weights_dir, tiny_judges):
 def test_best_is_bold_the_right_way_round(title, best, worst):
     rows = [evaluate.Row(source, None, {}, label=source) for source in "abc"]
     for row, mean in zip(rows, (30.0, 32.0, 31.0)):
-        row.scores = {"m": dict(mean=mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
+        row.scores = {"m": evaluate.Summary(mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
     table = evaluate.make_table({"m": (title, 0, "-")}, rows, "--metrics", {})
     assert f"| **{best}" in table and f"| {worst}" in table and table.count("**") == 2
 
@@ -606,10 +606,14 @@ BAD = [
     (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),
     (nothing, ["--judges", "mother"], "invalid choice: 'mother'"),
     (nothing, ["--metrics", "fid"], "invalid choice: 'fid'"),
-    (nothing, ["--weights", "nowhere", "--judges", "hps"], "no weights folder"),
+    (
+        nothing,
+        ["--weights", "nowhere", "--judges", "hps"],
+        "nowhere/HPSv2/HPS_v2_compressed.pt is not there",
+    ),
     (nothing, ["--device", "abacus"], "unknown device"),
     (nothing, ["--batch_size", 0], "--batch_size must lie"),
-    (nothing, ["--prompts", "hpdv2"], "HPDv2 test prompts cannot be had"),
+    (nothing, ["--prompts", "hpdv2"], "ymhao/HPDv2 test.json: not downloaded"),
     (nothing, ["--prompts", "nowhere.txt"], "cannot read prompts file"),
 ]
 
@@ -647,7 +651,7 @@ def test_broken_runs(evaluate_, run, tmp_path):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text("{")
     code, _, err = evaluate_(copy, *flags)
-    assert code == 2 and "no readable config.json" in err and err.count("\n") == 1
+    assert code == 2 and "config.json as JSON" in err and err.count("\n") == 1
     (copy / "config.json").write_text(config)
     os.remove(copy / LORA_FILE)
     code, _, err = evaluate_(copy, *flags)

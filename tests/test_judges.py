@@ -3,6 +3,7 @@
 Each oracle is written out here or comes from a package; none reads how the judge was set up.
 """
 
+import math
 import pickle
 import shutil
 import textwrap
@@ -20,7 +21,8 @@ from parts.judges import JUDGES, load_judge
 from parts.weights import WeightsMissing
 
 PROMPTS = ["a red sun over a sea", "a white moon", "a large yellow sun over hills under a pink sky"]
-WITH_WEIGHTS = [name for name in JUDGES if name != "taste"]
+WITH_WEIGHTS = ["step_aware", "clipscore", "pickscore", "hps", "aesthetic"]
+WITH_WEIGHTS += ["imagereward", "vqascore"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -63,7 +65,7 @@ def test_preprocessing_is_transformers(size):
 
     x = images(1, 3, *size)
     want = CLIPImageProcessorPil()(to_pil(x[0]), return_tensors="pt").pixel_values
-    got = judges_clip.preprocess(x, 224, crop="floor")
+    got = judges_clip.preprocess(x, 224, crop=math.floor)
     assert got.shape == want.shape and (got - want).abs().max() < 1e-6
 
 
@@ -254,14 +256,14 @@ def test_step_aware_score(tiny_judges):
 
 
 def test_step_aware_clamps_after_it_has_resized(tiny_judges):
-    assert JUDGES["step_aware"].unclamped and not any(
-        JUDGES[name].unclamped for name in WITH_WEIGHTS if name != "step_aware"
-    )
+    unclamped = [name for name in JUDGES if getattr(JUDGES[name], "unclamped", False)]
+    assert unclamped == ["step_aware"]
     judge, x = load_judge("step_aware", "cpu", tiny_judges), 1.4 * images(3, 3, 40, 61) - 0.2
     resized = F.interpolate(x, size=(28, 43), mode="bicubic")[..., 8:36]
     first = F.interpolate(x.clamp(0, 1), size=(28, 43), mode="bicubic")[..., 8:36].clamp(0, 1)
-    torch.testing.assert_close(judge.shrink(x), (resized.clamp(0, 1) - MEAN) / STD)
-    assert (judge.shrink(x) - (first - MEAN) / STD).abs().max() > 0.1
+    got = judges_clip.preprocess(x, judge.size, judge.resize, judge.crop)
+    torch.testing.assert_close(got, (resized.clamp(0, 1) - MEAN) / STD)
+    assert (got - (first - MEAN) / STD).abs().max() > 0.1
 
 
 def test_step_aware_with_idle_gates_is_plain_clip(tiny_judges, tmp_path):
@@ -294,11 +296,12 @@ def test_step_aware_full_size():
     def millions(model):
         return round(sum(p.numel() for p in model.parameters()) / 1e6)
 
+    step_aware = object.__new__(judges.StepAware)  # its __init__ reads a checkpoint
     with torch.device("meta"):
-        model = judges_clip.add_time(vit_h())
+        model = step_aware.extend(vit_h())
         state = step_aware_state(vit_h(), plain=True)
     assert millions(model) == 1306 and millions(model) - millions(vit_h()) == 320
-    assert_fits(model, judges.StepAware.rename(object.__new__(judges.StepAware), state))
+    assert_fits(model, step_aware.rename(state))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +357,8 @@ def test_hps_full_size_names_and_shapes():
     want = golden("open_clip.json")
     state = expand(want["full_keys"])
     assert len(state) == want["full_key_count"] == 686
-    assert_fits(vit_h(), judges_clip.from_open_clip(state))
+    hps = object.__new__(judges.HPS)  # its __init__ reads a checkpoint
+    assert_fits(vit_h(), hps.rename(state))
 
 
 def test_imagereward_is_the_packages(tiny_judges):
@@ -412,8 +416,9 @@ def vqa_inputs():
     end = torch.tensor([1])
     before = torch.cat([ids("chunk1", (9,), 118), end])
     after = [torch.cat([ids(f"chunk2-{k}", (n,), 118), end]) for k, n in enumerate((12, 7, 20))]
-    after = torch.nn.utils.rnn.pad_sequence(after, batch_first=True, padding_value=-1)
-    return noise("pixels", (3, 3, 28, 28)), before, after
+    masks = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in after], True)
+    after = torch.nn.utils.rnn.pad_sequence(after, batch_first=True)
+    return noise("pixels", (3, 3, 28, 28)), before, torch.stack([after, masks], 1)
 
 
 def test_vqascore_is_the_packages(vqascore):
@@ -455,7 +460,8 @@ def test_vqascore_asks_the_papers_question(tiny_judges):
     got = judge(x, judge.encode(PROMPTS))
     pixels = by_pillow(square, 28, np.floor)
     for i in range(3):
-        want = judge.probability(pixels[i : i + 1], before, after[i][None])
+        alone = torch.stack([after[i], torch.ones_like(after[i])])[None]
+        want = judge.probability(pixels[i : i + 1], before, alone)
         torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=0)
     unknown = tokenizer.unk_token_id
     assert sum(token == unknown for token in after[0].tolist()) == 0  # every letter counts
@@ -486,7 +492,9 @@ def test_vqascore_full_size_names_and_shapes():
     sizes = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     with torch.device("meta"):
-        assert_fits(T5ForConditionalGeneration(config), t5)
+        model = T5ForConditionalGeneration(config)
+        del model.encoder.embed_tokens, model.decoder.embed_tokens  # the shared ones
+        assert_fits(model, t5)
         assert_fits(CLIPVisionModel(CLIPVisionConfig(**judges.VQAScore.CONFIG)), vision)
         assert_fits(judges_language.two_layers(1024, 4096), projector)
 
@@ -523,9 +531,9 @@ def test_what_no_shape_tells():
 
 
 def test_load_judge(tiny_judges):
-    with pytest.raises(UserError, match="choose one of taste, step_aware"):
+    with pytest.raises(UserError, match="choose one of .*taste, step_aware"):
         load_judge("mother")
-    with pytest.raises(UserError, match="no weights folder"):
+    with pytest.raises(UserError, match="nowhere/HPSv2/HPS_v2_compressed.pt is not there"):
         load_judge("hps", "cpu", "nowhere")
     for name in JUDGES:  # one row of text per prompt, whatever the batch it is asked in
         judge = load_judge(name, "cpu", tiny_judges)
@@ -538,14 +546,14 @@ def test_load_judge(tiny_judges):
 def test_who_reads_the_prompt_says_so(tiny_judges, name):
     judge, x = load_judge(name, "cpu", tiny_judges), images(3, 3, 40, 40)
     difference = judge(x, judge.encode(PROMPTS)) - judge(x, judge.encode(PROMPTS[::-1]))
-    assert (difference.abs().max() > 0) == JUDGES[name].reads_prompt
+    assert (difference.abs().max() > 0) == getattr(JUDGES[name], "reads_prompt", True)
 
 
 def test_the_judge_in_the_head_of_the_file(monkeypatch):
-    start = judges.__doc__.index("    class Bright:")
+    start = judges.__doc__.index("    import torch")
     example = judges.__doc__[start : judges.__doc__.index("and a line in JUDGES")]
-    assert example.count("\n") < 11
-    names = {"torch": torch}
+    assert example.split("class Bright:")[1].count("\n") < 11
+    names = {}
     exec(textwrap.dedent(example), names)
     monkeypatch.setitem(JUDGES, "bright", names["Bright"])
     judge, x = load_judge("bright"), images(3, 3, 8, 8)

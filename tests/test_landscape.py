@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ def drawn(tmp_path_factory):
     save_figure = landscape.save_figure
 
     def save_and_keep(figure, path):
-        figures[path.stem] = figure
+        figures[Path(path).stem] = figure
         save_figure(figure, path)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
@@ -184,9 +185,8 @@ def test_smoothness_against_random_search(div, setting, drawn):
 
 
 def test_arrows_point_up_the_gradient():
-    x1, x2 = torch.tensor([[1.0], [2.0]], **F64)
-    d1, d2 = torch.tensor([[-3.0], [4.0]], **F64)
-    tail, tip, left, again, right, gap = landscape.arrow_lines(x1, x2, d1, d2, beta=5.0).T
+    points, gradient = torch.tensor([[[1.0], [2.0]], [[-3.0], [4.0]]], **F64)
+    tail, tip, left, again, right, gap = landscape.arrow_lines(points, gradient, beta=5.0).T
     length = 0.45 * 5 / (5 + 5)
     torch.testing.assert_close(tip - tail, torch.tensor([-0.6, 0.8], **F64) * length)
     torch.testing.assert_close((tip + tail) / 2, torch.tensor([1.0, 2.0], **F64))
@@ -339,10 +339,10 @@ def refused(result, words):
     [
         (["--div", "kl"], "invalid choice: 'kl'"),
         (["--div"], "expected at least one"),
-        (["--beta", 0], "--beta must be positive"),
-        (["--beta", -1], "--beta must be positive"),
-        (["--beta", "nan"], "--beta must be positive"),
-        (["--beta", "inf"], "finite"),
+        (["--beta", 0], "--beta must lie in (0, inf)"),
+        (["--beta", -1], "--beta must lie in (0, inf)"),
+        (["--beta", "nan"], "--beta must lie in (0, inf)"),
+        (["--beta", "inf"], "--beta must lie in (0, inf)"),
         (["--beta", "ten"], "invalid float"),
         (["--runs", "nowhere"], "--runs takes folders that train.py wrote"),
         (["--no_such_flag"], "unrecognized"),

@@ -48,7 +48,7 @@ def test_a_folder_brings_its_flags_and_prompts(tmp_path):
     assert read_train_json(str(tmp_path)) == {"learning_rate": 0.5, "pairs": {"beta": 2}}
     assert find_prompts(str(tmp_path)) == str(tmp_path / "prompts.txt")
     (tmp_path / "train.json").write_text('{"learning_rate":')
-    with pytest.raises(UserError, match="train.json is not JSON"):
+    with pytest.raises(UserError, match="train.json as JSON"):
         read_train_json(str(tmp_path))
 
 
@@ -57,7 +57,7 @@ def test_training_prompts_are_those_given_or_the_models_own(micro, tmp_path):
     assert find_training_prompts("toy") == os.path.join(TOY, "prompts.txt")
     with pytest.raises(UserError, match="needs --prompts FILE"):
         find_training_prompts(micro)
-    with pytest.raises(UserError, match="SPO's training prompts: .* is not there: curl"):
+    with pytest.raises(UserError, match="4k_training_prompts.json is not there: curl"):
         find_training_prompts(SD15, weights=str(tmp_path))
 
 

@@ -29,7 +29,7 @@ def log(folder, kind):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def collect(pipe, judge, prompts, generator, *settings, progress, preview):
+def collect(pipe, judge, prompts, generator, progress, **settings):
     """Pairs that depend on their prompt alone, from none to five of it, in the prompts' order.
 
     What one rank with all prompts and two ranks with half of them each must agree on.

@@ -9,7 +9,6 @@ text encoder at a third of the learning rate: a first tokenizer had split two wo
 longest captions. They are stored in fp16, 5.6 MB.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -75,7 +74,7 @@ def main():
 
 def parse_args():
     """The flags; whatever can be refused is refused here, before minutes are spent."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--check", action="store_true", help="train nothing; print what checker and model reach")
     add("--pairs", metavar="DIR", help="train nothing; write a preference data set there")
@@ -103,8 +102,7 @@ def parse_args():
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# The model: SD1.5's classes, small
+# ---- The model: SD1.5's classes, small -----------------------------------------------------------
 
 
 def make_pipeline(unet_channels=(64, 88), vae_channels=32, hidden=64, sample_size=SIZE // 4):
@@ -189,8 +187,7 @@ def tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
-# --------------------------------------------------------------------------------------------------
-# Its training
+# ---- Its training --------------------------------------------------------------------------------
 
 
 def train_vae(vae, steps, rng, bar, batch_size=24, peak_rate=4e-3):
@@ -287,8 +284,7 @@ def take_step(opt, params, loss, learning_rate):
     opt.step()
 
 
-# --------------------------------------------------------------------------------------------------
-# Its folder
+# ---- Its folder ----------------------------------------------------------------------------------
 
 
 def save(pipe, folder):
@@ -336,8 +332,7 @@ def check(folder, captions=CAPTIONS):
     print(f"{what} at guidance 5: {following:.1%} of what they name is there; taste {taste:.2f}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Preference pairs
+# ---- Preference pairs ----------------------------------------------------------------------------
 
 
 def write_pairs(folder, count, seed):
