@@ -117,6 +117,21 @@ def small_run(micro, prompts_file):
     return flags + ["--num_eval_prompts", 2, "--images_per_prompt", 2, "--device", "cpu"]
 
 
+def paint_nothing(set_attribute=setattr):
+    """Runs leave no curves, and paint no picture but the table's: two thirds of a small run's time.
+    Tests about what a run leaves, test_a_run_leaves_... among them, do without this."""
+    import train
+    from parts import run
+
+    set_attribute(train, "make_show", lambda *args: lambda epoch: None)
+    set_attribute(run, "draw_curves", lambda folder: None)
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    paint_nothing(monkeypatch.setattr)
+
+
 @pytest.fixture(scope="session")
 def weights_dir(tmp_path_factory):
     import weights

@@ -182,7 +182,7 @@ def test_an_output_folder_that_cannot_be_written(command, small_run, tmp_path):
 
 
 @pytest.fixture
-def finished(command, small_run, tmp_path):
+def finished(command, small_run, unpainted, tmp_path):
     flags = ["--div", "js", "--max_train_steps", 1, "--output_dir", tmp_path / "r"]
     code, _, err = command("train.py", *small_run, *flags)
     assert code == 0, err

@@ -11,7 +11,7 @@ import zlib
 import pytest
 import torch
 from child import Child, ranks
-from conftest import PROMPTS, ROOT
+from conftest import PROMPTS, ROOT, paint_nothing
 from safetensors.torch import load_file
 
 import sample
@@ -68,6 +68,7 @@ def in_double():
                 parameter.data = parameter.data.double()
 
     train.collect_pairs, train.load_pipeline, train.Policy = collect, load, DoublePolicy
+    paint_nothing()
 
 
 def test_two_ranks_are_one_rank_with_the_union_of_their_pairs(small_run, tmp_path):
@@ -114,7 +115,7 @@ def workers(job):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the ranks in /proc")
-def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, tmp_path):
+def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, unpainted, tmp_path):
     folder = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [*torchrun, "train.py", *small_run, "--num_epochs", 200, "--output_dir", folder]
@@ -138,7 +139,8 @@ def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, tmp
 def test_a_rank_that_lost_the_others_says_so(tmp_path, small_run):
     kill = "KILL", "sample", "step_log_ratios", 3
     flags = ["--num_epochs", 3, "--output_dir", tmp_path / "run"]
-    (code, printed), (killed, _) = ranks("train.py", *small_run, *flags, kill=kill)
+    ended = ranks("train.py", *small_run, *flags, kill=kill, change=paint_nothing)
+    (code, printed), (killed, _) = ended
     assert killed == -signal.SIGKILL and code == 2
     last = printed.strip().splitlines()[-1]
     assert "lost the other ranks" in last and "--resume goes on" in last
