@@ -182,7 +182,7 @@ def surface_gradient(x1, x2, div, beta):
 
 
 def gradient_ratio(x1, x2, div):
-    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), how far a step raises X_w per unit that it
+    """Eq. 7: |dL/dX_1| / |dL/dX_2| = f''(X_1) / f''(X_2), how far a step raises X_w per unit it
     lowers X_l. Theorem 4, where X_2 < X_1: fkl < alpha (falling in a) < rkl < 1, fkl < js < rkl.
     """
     return div.d2f(x1) / div.d2f(x2)

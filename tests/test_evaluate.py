@@ -321,9 +321,9 @@ def test_a_run_and_its_original(evaluate_, run, home, micro, monkeypatch):
     # one more image a prompt: only that is painted
     seeds = []
 
-    def note(pipe, prompts, those, *more):
+    def note(pipe, prompts, those, **settings):
         seeds.extend(those)
-        return generate(pipe, prompts, those, *more)
+        return generate(pipe, prompts, those, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "generate", note)
