@@ -97,9 +97,6 @@ def step_log_ratios(
     return u_w, u_l
 
 
-# ---- log X of a finished image -------------------------------------------------------------------
-
-
 def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
     """u of a finished image at one timestep, Diffusion-DPO's way (arXiv 2311.12908, eq. 14):
 
@@ -117,9 +114,6 @@ def noise_log_ratio(eps_hat, eps_ref, eps, S=1000.0, reduce="mean"):
     """
     eps_hat, eps_ref, eps = map(at_least_fp32, (eps_hat, eps_ref, eps))
     return reduce_dims(-S / 2 * (eps_hat - eps_ref) * (eps_hat + eps_ref - 2 * eps), reduce)
-
-
-# ---- The loss ------------------------------------------------------------------------------------
 
 
 def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=None):

@@ -258,9 +258,6 @@ def clear_pairs(parent, children, t, scores, threshold):
     return [rows[clear] for rows in (parent, x_w, x_l, times, prompt)]
 
 
-# ---- Command line --------------------------------------------------------------------------------
-
-
 RANGES = {"num_inference_steps": "[1, 500]", "batch_size": "[1, inf)", "eta": "[0, inf)"}
 
 

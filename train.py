@@ -230,9 +230,6 @@ class Rollouts:
         return pairs
 
 
-# ---- What a person looks at ----------------------------------------------------------------------
-
-
 def make_show(args, pipe, policy, prompts, world):
     """show(epoch): the fixed prompts' pictures of that epoch, the reference's above them."""
     reference = None

@@ -220,9 +220,6 @@ def hold_out(prompts, count):
     return training, [prompts[i] for i in sorted(held)]
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-
-
 def to_pil(image):
     """(3, H, W) in [0, 1], a little outside of it perhaps -> 8-bit PIL image."""
     pixels = (image.permute(1, 2, 0).float().cpu().numpy() * 255).round().clip(0, 255)

@@ -238,9 +238,6 @@ def to_model(data, height, width):
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
-# ---- Held-out captions ---------------------------------------------------------------------------
-
-
 def hold_out_captions(data, prompts_file, count):
     """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
 

@@ -21,7 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parts.common import UserError, labelled_grid, peak_gb, read_json, save_figure, write_file
+from parts.common import (
+    UserError,
+    labelled_grid,
+    markdown,
+    peak_gb,
+    read_json,
+    save_figure,
+    write_file,
+)
 from parts.diversity import entropy_1d, rmse
 
 
@@ -188,9 +196,6 @@ def environment(device):
     return {"versions": versions, "git_commit": commit, "device": name}
 
 
-# ---- What a person sees --------------------------------------------------------------------------
-
-
 def save_pictures(folder, prompts, reference, images, epoch):
     """samples/epoch_NNN.png, and evolution.gif anew. reference, images: (P, n, 3, H, W)."""
     rows = []
@@ -274,9 +279,8 @@ def before_after_table(before, after, count):
     """(Markdown, {figure: {before, after, change, se}}) of two figures_per_prompt of the same
     prompts and seeds. +- is the standard error over prompts; of the change, of its paired mean."""
     prompts = len(next(iter(before.values())))
-    head = f"{prompts} held-out prompts x {count} images | before | after | change"
-    lines = [f"| {head} | change / its error |", "|---|---|---|---|---|"]
-    figures = {}
+    head = f"{prompts} held-out prompts x {count} images"
+    rows, figures = [[head, "before", "after", "change", "change / its error"]], {}
     for name in before:
         columns = before[name], after[name], after[name] - before[name]
         cells, means = [name], []
@@ -287,7 +291,6 @@ def before_after_table(before, after, count):
                 error = values.std(ddof=1) / math.sqrt(len(values))
             cells.append(f"{mean:{sign}.3f}" + (f" +- {error:.3f}" if len(values) > 1 else ""))
             means.append(float(mean))
-        cells.append(f"{mean / error:+.1f}" if error > 0 else "-")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])
         figures[name] = dict(zip(("before", "after", "change"), means), se=float(error))
-    return "\n".join(lines) + "\n", figures
+    return markdown(rows), figures
