@@ -121,10 +121,9 @@ def paint_nothing(set_attribute=setattr):
     """Runs leave no curves, and paint no picture but the table's: two thirds of a small run's time.
     Tests about what a run leaves, test_a_run_leaves_... among them, do without this."""
     import train
-    from parts import run
 
     set_attribute(train, "make_show", lambda *args: lambda epoch: None)
-    set_attribute(run, "draw_curves", lambda folder: None)
+    set_attribute(train, "draw_curves", lambda folder: None)
 
 
 @pytest.fixture
