@@ -106,7 +106,7 @@ def test_a_scheduler_whose_last_step_is_silent_is_corrected_aloud(micro, tmp_pat
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (dict(prediction_type="v_prediction"), "prediction_type v_prediction"),
+        (dict(prediction_type="v_prediction"), "not v_prediction"),
         (dict(rescale_betas_zero_snr=True), "zero-SNR"),
     ],
 )

@@ -296,7 +296,7 @@ def test_policy_file_of_a_run_a_unet_a_model_and_of_nothing(micro, pipe, tmp_pat
     assert policy_file(str(full)) == policy_file(str(full / "unet")) == policy_file(file) == file
     assert policy_file(micro) is None  # a whole model is no run, though it has unet/
     assert policy_file(str(tmp_path)) is None
-    with pytest.raises(UserError, match="no LoRA at .*give a run's folder"):
+    with pytest.raises(UserError, match="no LoRA at .*: give a folder"):
         load_policy(pipe.unet, str(tmp_path))
 
 
