@@ -126,6 +126,7 @@ def main():
                 raise
             not_run[name] = str(error)  # its cells will say so
     write_tables(rows, args.output_dir, not_run)
+    print(f"In {args.output_dir}: table2.md, table3.md, summary.csv, tradeoff.png, images, scores")
     print(f"{time.time() - start:.0f} s, peak memory {peak_gb(args.device) or np.nan:.2f} GB")
 
 

@@ -79,7 +79,7 @@ def paint(pipe, prompts, count, num_steps=20, guidance=5.0, batch_size=16, progr
     each = [prompt for prompt in prompts for _ in range(count)]  # P * count, prompt by prompt
     seeds = [seed_of(p, k) for p in range(len(prompts)) for k in range(count)]
     settings = dict(batch_size=batch_size, progress=progress)
-    images = generate(pipe, each, seeds, num_steps, guidance, **settings)
+    images = generate(pipe, each, seeds, num_steps, guidance, **settings)  # (P count, 3, H, W)
     return images.view(len(prompts), count, *images.shape[1:])
 
 
@@ -190,7 +190,7 @@ def collect_pairs(
             images = images.clamp(0, 1)
         times = torch.full((P * K,), t_child, device=x0.device)
         scores = judge(images, judge_text, times).float().view(P, K)
-        all_scores.append(scores)
+        all_scores.append(scores)  # (P, K)
         pool.append(clear_pairs(x_t, children, t, scores, threshold))
     x_t, x_w, x_l, t, prompt = (torch.cat(column) for column in zip(*pool))
     rows = dict(x_t=x_t, x_w=x_w, x_l=x_l, t=t, prompt=prompt, text=text, null=null)
@@ -248,7 +248,7 @@ def clear_pairs(parent, children, t, scores, threshold):
     makes its pair invalid. Returns x_t, x_w, x_l, t, prompt of the M <= P clear pairs.
     """
     prompt = torch.arange(len(parent), device=parent.device)
-    (best, w), (worst, l) = scores.max(1), scores.min(1)
+    (best, w), (worst, l) = scores.max(1), scores.min(1)  # (P,) each
     difference = torch.tanh((best - worst) / 2)  # p - (1 - p), p = sigmoid(best - worst)
     clear = scores.isfinite().all(1) & (difference > threshold)
     # children lie flat: those of prompt p begin at row p K
@@ -297,7 +297,7 @@ def main():
     policy = load_policy(pipe.unet, args.lora) if args.lora else None
     common.make_folder(args.output_dir)
     each = [prompt for prompt in prompts for _ in args.seeds]
-    seeds = args.seeds * len(prompts)
+    seeds = args.seeds * len(prompts)  # every prompt with every seed
     rows, names = {}, ["reference", "aligned"] if policy else ["reference"]
     with common.progress_bar(total=len(each) * len(names), unit="images") as bar:
         for name in names:

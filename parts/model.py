@@ -85,7 +85,7 @@ class LoRALinear(nn.Linear):
         nn.init.normal_(self.lora_A, std=1 / rank)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
         if self.on:
             y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return y
@@ -106,7 +106,7 @@ class Policy:
             # fp32: a bf16 weight cannot take a small step
             unet.float().requires_grad_(True)
             self.parameters = list(unet.parameters())
-            self.frozen = [p.detach().clone() for p in self.parameters]
+            self.frozen = [p.detach().clone() for p in self.parameters]  # p_ref
             return
         # a list, since the tree changes on the way
         for name, module in list(unet.named_modules()):
@@ -114,7 +114,7 @@ class Policy:
             if isinstance(module, nn.Linear) and name.endswith(TARGETS):
                 parent, child = name.rsplit(".", 1)
                 self.layers[name] = LoRALinear(module, rank)
-                setattr(unet.get_submodule(parent), child, self.layers[name])
+                setattr(unet.get_submodule(parent), child, self.layers[name])  # in place
         self.parameters = [p for m in self.layers.values() for p in (m.lora_A, m.lora_B)]
 
     @contextlib.contextmanager
@@ -165,6 +165,7 @@ class Policy:
 
         metadata: {str: str}, kept in the file's header.
         """
+        # safetensors: header and tensors, no code
         data = save(self.state(), metadata={"format": "pt", **(metadata or {})})
         if not self.full:
             return write_file(os.path.join(folder, LORA_FILE), data)
@@ -196,7 +197,7 @@ def load_policy(unet, path):
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
     ranks = [len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")]
-    full = "conv_in.weight" in state
+    full = "conv_in.weight" in state  # a whole UNet
     if not full and not ranks:
         raise UserError(f"{file} holds no LoRA in diffusers' names (unet. ... .lora_A.weight)")
     policy = Policy(unet, full=True) if full else Policy(unet, ranks[0])
@@ -221,7 +222,7 @@ def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
     length = pipe.tokenizer.model_max_length
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids = pipe.tokenizer(list(prompts), **options).input_ids
+    ids = pipe.tokenizer(list(prompts), **options).input_ids  # (N, 77)
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
 
 
@@ -240,7 +241,7 @@ def predict_noise(unet, x_t, t, text, null, guidance):
         x = x_t.to(compute_dtype)  # latents stay fp32 outside: in half they lose 1 % of a small std
         if guidance <= 1:
             return unet(x, t, text, return_dict=False)[0].to(x_t.dtype)
-        both = torch.cat([null.expand_as(text), text])  # (2N, L, C)
+        both = torch.cat([null.expand_as(text), text])  # (2N, L, C): without, with the prompt
         eps = unet(torch.cat([x, x]), torch.cat([t, t]), both, return_dict=False)[0]
     # back in x_t's dtype before the difference is scaled by the guidance
     eps_null, eps_text = eps.to(x_t.dtype).chunk(2)
@@ -273,7 +274,7 @@ def decode(pipe, latents, vae=None):
     vae: a tiny autoencoder in place of the pipeline's own.
     """
     vae = vae or pipe.vae
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)  # SD1.5: 0.18215
 
     def decode_slice(z):
         return vae.decode(z).sample.to(latents.dtype) / 2 + 0.5
