@@ -81,13 +81,11 @@ def progress_bar(total=None, **options):
     return tqdm(total=total, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
-# ---- Files: to a temporary name, to the disk, then renamed: a kill leaves the old file whole -----
-
-
 def write_file(path, data):
     """data: bytes, text, or a function that writes to the open file it is given.
 
-    Raises UserError if the disk refuses; the old file is then still whole.
+    To a temporary name, to the disk, then renamed: a kill leaves the old file whole, and so does a
+    disk that refuses, of which a UserError is raised.
     """
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may write the same file
     try:
@@ -154,9 +152,6 @@ def save_figure(figure, path, dpi=130):
 
     write_file(path, lambda file: figure.savefig(file, dpi=dpi))
     plt.close(figure)
-
-
-# ---- Prompts -------------------------------------------------------------------------------------
 
 
 def read_prompts(path):

@@ -46,9 +46,6 @@ def load_metric(name, device, weights):
     return formulas[name]
 
 
-# ---- Of two images: RMSE, PSNR, SSIM, FSIM -------------------------------------------------------
-
-
 def tensor(image):
     return image if torch.is_tensor(image) else torch.from_numpy(np.array(image, order="C"))
 
@@ -180,9 +177,6 @@ def log_gabor(height, width, device):
     return orientations[:, None] * scales
 
 
-# ---- Entropies, of one image ---------------------------------------------------------------------
-
-
 def gray_levels(image):
     """uint8 (H, W, 3) -> int64 (H, W), ITU-R 601 luma in PIL's integer arithmetic (mode "L")."""
     r, g, b = tensor(image).long().unbind(-1)
@@ -212,9 +206,6 @@ def entropy_2d(image, quantised=False):
     if quantised:
         around = around // 8
     return entropy_bits(gray * 2048 + around)
-
-
-# ---- LPIPS (Zhang et al. 2018), version 0.1, AlexNet: the lpips package's default ----------------
 
 
 class LPIPS:

@@ -276,9 +276,6 @@ def linear_head(width):
     return head
 
 
-# ---- Preprocessing: half of a score's convention is how the image was shrunk ---------------------
-
-
 def preprocess(images, size, resize="pillow", crop=round):
     """(N, 3, H, W) in [0, 1] -> (N, 3, size, size): short side to `size`, centre crop, normalised.
 
@@ -310,9 +307,6 @@ def tokenize(tokenizer, texts, limit, padding="max_length"):
     options = dict(padding=padding, truncation=True, max_length=limit, return_tensors="pt")
     tokens = tokenizer(list(texts), **options)
     return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
-
-
-# ---- Checkpoints {name: tensor}: their names -> those of transformers ----------------------------
 
 
 def renamed(state, names):

@@ -24,9 +24,6 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"  # in unet/, of a --full run
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention of the UNet, as SPO trains
 
 
-# ---- Loading -------------------------------------------------------------------------------------
-
-
 def load_pipeline(model, device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline, frozen, with a DDIM scheduler that is fit for training.
 
@@ -205,9 +202,6 @@ def load_policy(unet, path):
     # for painting alone: nothing trains
     unet.requires_grad_(False)
     return policy
-
-
-# ---- What the policy computes --------------------------------------------------------------------
 
 
 def latent_shape(pipe):

@@ -134,9 +134,6 @@ class ImagePairs:
         return noise_log_ratio(eps_hat, eps_ref, eps, len(alphas_cumprod), reduce).chunk(2)
 
 
-# ---- Reading -------------------------------------------------------------------------------------
-
-
 def records(path):
     """Yields to_record of every pair of PATH, and where it stands, which any UserError says."""
     path = pathlib.Path(path)
@@ -187,9 +184,6 @@ def to_record(row, folder):
     if label < 0.5:
         images.reverse()
     return caption, images, abs(2 * label - 1)
-
-
-# ---- Images -> latents, on disk ------------------------------------------------------------------
 
 
 def latents_folder(cache_dir, pipe):

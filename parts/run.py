@@ -21,15 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parts.common import (
-    UserError,
-    labelled_grid,
-    markdown,
-    peak_gb,
-    read_json,
-    save_figure,
-    write_file,
-)
+from parts import common
+from parts.common import UserError, markdown, peak_gb, read_json, write_file
 from parts.diversity import entropy_1d, rmse
 
 
@@ -204,7 +197,7 @@ def save_pictures(folder, prompts, reference, images, epoch):
         rows.append((f"{prompt}   [aligned, epoch {epoch}]", images[p]))
     samples = os.path.join(folder, "samples")
     cell = 96 if images.shape[-1] < 128 else 256
-    labelled_grid(rows, os.path.join(samples, f"epoch_{epoch:03d}.png"), cell)
+    common.labelled_grid(rows, os.path.join(samples, f"epoch_{epoch:03d}.png"), cell)
     frames = []
     for name in sorted(os.listdir(samples)):
         if name.endswith(".png"):
@@ -245,7 +238,7 @@ def draw_curves(folder):
         ax.set(title=key, xlabel="optimiser step")
     axes[1].axhline(math.log(2), ls=":", color="black", lw=1)  # where the policy is the reference
     axes[2].axhline(0.5, ls=":", color="black", lw=1)  # where the pairs' order is a guess
-    save_figure(figure, os.path.join(folder, "curves.png"))
+    common.save_figure(figure, os.path.join(folder, "curves.png"))
 
 
 def figures_per_prompt(judge, prompts, images):

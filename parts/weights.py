@@ -35,9 +35,6 @@ class WeightsMissing(UserError):
     """Weights that cannot be had here: not in the folder, or not downloaded and no hub in reach."""
 
 
-# ---- Where they are ------------------------------------------------------------------------------
-
-
 def hub_out_of_reach():
     """True if only earlier downloads can be used; asked first, so that nobody waits for retries."""
     from huggingface_hub import constants
@@ -104,9 +101,6 @@ def find_url(url, weights=None, sha256=None):
     return path
 
 
-# ---- Reading -------------------------------------------------------------------------------------
-
-
 def first_line(error):
     """The first line of what an exception says, or its type where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -164,9 +158,6 @@ def load_tokenizer(cls, repo, weights=None):
         raise WeightsMissing(f"no tokenizer at {where}: {hint}") from error
 
 
-# ---- Building ------------------------------------------------------------------------------------
-
-
 def check_keys(expected, state, path):
     """Raises UserError unless the two {name: tensor} have the same names and shapes."""
     for name in sorted(expected.keys() | state.keys()):
@@ -198,9 +189,6 @@ def build(make, state, path, device, dtype=torch.float32):
             if buffer.is_meta and name == "position_ids":
                 setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return module.requires_grad_(False).eval().to(device)
-
-
-# ---- Stable Diffusions ---------------------------------------------------------------------------
 
 
 def resolve_model(model):

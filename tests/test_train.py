@@ -438,7 +438,7 @@ KILLS = [
     ("TERM", "sample", "predict_noise", 21),  # in the second rollout
     ("KILL", "sample", "step_log_ratios", 3),  # within an optimiser step
     ("INT", "sample", "predict_noise", 3),  # Ctrl-C
-    ("KILL", "parts.run", "labelled_grid", 1),  # while an epoch's picture is made
+    ("KILL", "parts.common", "labelled_grid", 1),  # while an epoch's picture is made
     ("KILL", "train", "draw_curves", 1),  # when training has ended
 ]
 

@@ -180,7 +180,7 @@ KILLS = [
     ("KILL", "parts.pairs", "noise_log_ratio", 4),  # in the second chunk
     ("INT", "parts.pairs", "noise_log_ratio", 2),  # Ctrl-C
     ("KILL", "os", "fsync", 3),  # while a state is written
-    ("KILL", "parts.run", "labelled_grid", 1),  # while an epoch's picture is made
+    ("KILL", "parts.common", "labelled_grid", 1),  # while an epoch's picture is made
 ]
 
 

@@ -40,8 +40,6 @@ SKIES = {
 }
 VOCABULARIES = (RADII, LIGHTS, GROUNDS, SKIES)
 
-# ---- Captions ------------------------------------------------------------------------------------
-
 
 def write_caption(size, light, ground, sky):
     """As in "a large red sun over a sea under a pink sky"; what is None is left unsaid."""
@@ -68,9 +66,6 @@ CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
     write_caption(*words)
     for words in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
 ]
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def draw(count, rng, captions=None):
@@ -134,9 +129,6 @@ def blend(image, colour, share):
     return image + share * (colour - image)
 
 
-# ---- The analytic checker ------------------------------------------------------------------------
-
-
 def read_pictures(images):
     """What is painted, by pixel rules: images (n, 3, H, W) in [0, 1] -> n of read_picture's tuples.
 
@@ -179,9 +171,6 @@ def prompt_following(images, captions):
     named = np.array([read_caption(caption) for caption in captions], dtype=object)  # (n, 4)
     right = torch.from_numpy(named == np.array(read_pictures(images)))
     return right.sum(1) / torch.from_numpy(named.astype(bool)).sum(1)
-
-
-# ---- The judge -----------------------------------------------------------------------------------
 
 
 class Taste:
