@@ -97,6 +97,7 @@ FLAGS = {
     "checkpointing_chunks": (1, "[1, inf)", "rollouts (--pairs: 20 steps) between states"),
     "num_eval_prompts": (32, "[1, inf)", "held out for the table at the end, at most half"),
     "images_per_prompt": (4, "[1, 100]", "of that table"),
+    "eval_interval": (0, "[0, inf)", "epochs between such figures; 0: before and after alone"),
     "output_dir": (None, None, "the run's folder (default: out/<model>-<div>)"),
     "resume": (False, None, "go on with the run in output_dir; flags left out are the run's"),
 }
@@ -117,6 +118,7 @@ def train(args, policy, source, div, beta, run, world, show):
     source.collect(run, pairs_a_step, bar) -> pairs, the chunk at position run.seen. pairs: .order
     (n,), .t (n,), .weight (n,), .log_ratios(policy, index, reduce) and .size, by which the chunk
     moves the position. run: the folder and the position. show(epoch) paints its pictures.
+    Returns the last epoch, whole or not.
     """
     device = policy.parameters[0].device
     decay, fused = args.adam_weight_decay, device.type == "cuda"
@@ -168,8 +170,9 @@ def train(args, policy, source, div, beta, run, world, show):
                 if run.step >= last_step:
                     # the weights are written; the state stays at the chunk's start, for a replay
                     run.export(policy)
-                    show(run.seen // len(source) + 1)
-                    return
+                    epoch = run.seen // len(source) + 1
+                    show(epoch)
+                    return epoch
 
             # The position: all that a chunk depends on beside the seed and the weights.
             run.chunk, run.seen = run.chunk + 1, run.seen + pairs.size
@@ -178,6 +181,7 @@ def train(args, policy, source, div, beta, run, world, show):
                 show(run.seen // len(source))
             if run.chunk % args.checkpointing_chunks == 0 or run.seen >= end:
                 run.save(policy, opt, scaler)
+    return run.seen // len(source)
 
 
 def slices(rows, size):
@@ -230,9 +234,10 @@ class Rollouts:
         return pairs
 
 
-def make_show(args, pipe, policy, prompts, world):
-    """show(epoch): the fixed prompts' pictures of that epoch, the reference's above them."""
-    reference = None
+def make_show(args, pipe, policy, judge, held_out, run, world):
+    """show(epoch): the fixed prompts' pictures of that epoch, the reference's above them; and every
+    --eval_interval epochs all held-out prompts' figures."""
+    reference, prompts = None, held_out[:4]
 
     def show(epoch):
         nonlocal reference
@@ -243,8 +248,18 @@ def make_show(args, pipe, policy, prompts, world):
                 reference = paint_with_bar(args, pipe, prompts, 6, "pictures, reference")
         images = paint_with_bar(args, pipe, prompts, 6, "pictures")
         save_pictures(args.output_dir, prompts, reference, images, epoch)
+        if args.eval_interval and epoch % args.eval_interval == 0:
+            evaluate(args, pipe, judge, held_out, run, epoch)
+            run.keep(policy, epoch)
 
     return show
+
+
+def evaluate(args, pipe, judge, prompts, run, epoch):
+    """A line of kind eval: held-out prompts under the policy in force, the same seeds always."""
+    title = f"held-out prompts, epoch {epoch}"
+    images = paint_with_bar(args, pipe, prompts, args.images_per_prompt, title)
+    run.log_eval(epoch, judge, prompts, images)
 
 
 def paint_with_bar(args, pipe, prompts, count, title):
@@ -255,13 +270,15 @@ def paint_with_bar(args, pipe, prompts, count, title):
         return paint(pipe, prompts, count, *settings, progress=bar.update)
 
 
-def final_table(args, pipe, policy, judge, prompts, run):
-    """table.md: held-out prompts under the reference and under the policy, the same seeds."""
-    count = args.images_per_prompt
-    with policy.reference():
-        before = paint_with_bar(args, pipe, prompts, count, "held-out prompts, reference")
-    after = paint_with_bar(args, pipe, prompts, count, "held-out prompts, aligned")
-    run.save_table(judge, prompts, before, after)
+def final_table(args, pipe, policy, judge, prompts, run, epoch):
+    """table.md: held-out prompts under the reference and under the policy."""
+    evaluated = run.evaluated()
+    if 0 not in evaluated:
+        with policy.reference():
+            evaluate(args, pipe, judge, prompts, run, 0)
+    if epoch not in evaluated:
+        evaluate(args, pipe, judge, prompts, run, epoch)
+    run.save_table(args.images_per_prompt)
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -338,13 +355,13 @@ def main():
     # --resume refuses prompts or pairs that were edited meanwhile
     config["digest"] = hashlib.sha256((source.digest + "\n".join(held_out)).encode()).hexdigest()
     run = Run(args.output_dir, config | environment(device), world.rank)
-    show = make_show(args, pipe, policy, held_out[:4], world)
+    show = make_show(args, pipe, policy, judge, held_out, run, world)
     try:
-        train(args, policy, source, div, beta, run, world, show)
+        epoch = train(args, policy, source, div, beta, run, world, show)
         world.leave()
         if world.rank == 0:
+            final_table(args, pipe, policy, judge, held_out, run, epoch)
             draw_curves(args.output_dir)
-            final_table(args, pipe, policy, judge, held_out, run)
     except KeyboardInterrupt:
         again = f"python train.py --resume --output_dir {shlex.quote(args.output_dir)}"
         raise KeyboardInterrupt(f"to go on: {again}") from None

@@ -5,6 +5,7 @@ metrics.jsonl        pandas.read_json(..., lines=True); docs/log.md: what each n
 samples/             epoch_NNN.png: the reference above the aligned model, fixed prompts and seeds
 evolution.gif        those pictures, from the first epoch to the last
 curves.png table.md  the log as curves; held-out prompts before and after
+epochs/              with --eval_interval N: NNN.safetensors, the policy of every N-th epoch
 pytorch_lora_weights.safetensors, or unet/ of a --full run: for others
 state.pt             for --resume: policy, optimiser, position; written whole after every chunk
 """
@@ -19,11 +20,15 @@ import sys
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from parts import common
 from parts.common import UserError, markdown, peak_gb, read_json, write_file
-from parts.diversity import entropy_1d, rmse
+from parts.diversity import load_metric
+from parts.model import policy_file
+
+NEED_NO_WEIGHTS = ("rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d")
 
 
 class Run:
@@ -37,6 +42,8 @@ class Run:
 
     def begin(self, policy, opt, scaler):
         """Writes a new run's first state or, with --resume, goes on from the one that is there."""
+        if self.rank == 0:
+            self.take()
         resume, there = self.config["args"]["resume"], os.path.exists(self.state_path)
         if resume:
             self.check_digest()
@@ -51,6 +58,15 @@ class Run:
             print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
         else:  # a run that was killed before its first state begins again
             self.save(policy, opt, scaler)
+
+    def take(self):
+        """One process a folder; a lock that its death releases."""
+        self.lock = FileLock(os.path.join(self.folder, "lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            fix = "wait for it, or take another --output_dir"
+            raise UserError(f"another process trains in {self.folder!r}: {fix}") from error
 
     def check_digest(self):
         saved = read_json(os.path.join(self.folder, "config.json"), "nothing to resume")
@@ -80,6 +96,15 @@ class Run:
             about = {k: str(args[k]) for k in ("model", "div", "alpha", "beta", "seed")}
             policy.save(self.folder, about | {"commit": str(self.config["git_commit"])})
 
+    def keep(self, policy, epoch):
+        """epochs/NNN.safetensors: that epoch's policy, a LoRA or a whole UNet, for evaluate.py."""
+        if self.rank == 0:
+            self.export(policy)
+            os.makedirs(os.path.join(self.folder, "epochs"), exist_ok=True)
+            path = os.path.join(self.folder, "epochs", f"{epoch:03d}.safetensors")
+            with open(policy_file(self.folder), "rb") as source:
+                write_file(path, lambda file: shutil.copyfileobj(source, file))
+
     def load(self, policy, opt, scaler):
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
@@ -102,7 +127,7 @@ class Run:
         """Appends a line to metrics.jsonl."""
         if self.rank:
             return
-        line = json.dumps({"kind": kind, "step": self.step, "rollout": self.chunk, **record})
+        line = json.dumps({"kind": kind, "step": self.step, "rollout": self.chunk} | record)
         try:
             with open(self.log_path, "a") as file:
                 file.write(line + "\n")
@@ -133,10 +158,20 @@ class Run:
         self.log("step", **record)
         return f"step {self.step}, accuracy {record['accuracy']:.2f}"
 
-    def save_table(self, judge, prompts, before, after):
-        """table.md, printed. before, after: (P, K, 3, H, W) of the same prompts and seeds."""
-        figures = [figures_per_prompt(judge, prompts, images) for images in (before, after)]
-        table, changes = before_after_table(*figures, before.shape[1])
+    def log_eval(self, epoch, judge, prompts, images):
+        """What the held-out prompts' pictures (P, K, 3, H, W) are like, prompt by prompt."""
+        start = {} if epoch else dict(step=0, rollout=0)  # the reference may be painted at the end
+        values = values_per_prompt(judge, prompts, images)
+        self.log("eval", epoch=epoch, **start, values=values)
+
+    def evaluated(self):
+        return read_evaluated(self.folder)
+
+    def save_table(self, count):
+        """table.md, printed: the first and the last epoch of those evaluated, count images each."""
+        evaluated = self.evaluated()
+        first, last = evaluated[min(evaluated)], evaluated[max(evaluated)]
+        table, changes = before_after_table(first, last, count)
         write_file(os.path.join(self.folder, "table.md"), table)
         self.log("table", figures=changes)
         print(f"\n{table}(+- is the standard error over prompts; of the change, of the paired")
@@ -214,6 +249,11 @@ def read_log(folder, kind):
         return [record for record in map(json.loads, file) if record["kind"] == kind]
 
 
+def read_evaluated(folder):
+    """{epoch: {metric: P values}} of the lines of kind eval."""
+    return {line["epoch"]: line["values"] for line in read_log(folder, "eval")}
+
+
 def running_mean(values, width=9):
     """(n,) -> (n,), over fewer values at the ends."""
     window = np.ones(min(width, len(values)))
@@ -221,7 +261,8 @@ def running_mean(values, width=9):
 
 
 def draw_curves(folder):
-    """curves.png: whether the judge (with --pairs the margin) rose, and what the loss did."""
+    """curves.png: whether the judge (with --pairs the margin) rose, what the loss did, and the
+    held-out prompts: is there more of what the judge likes, and less diversity?"""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")  # no window, even where there is a screen
@@ -230,7 +271,7 @@ def draw_curves(folder):
         return
     first = ("rollout", "judge_final") if lines["rollout"] else ("step", "margin")
     panels = [first, *(("step", key) for key in ("loss", "accuracy", "clip_fraction"))]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.2), layout="constrained")
     for ax, (kind, key) in zip(axes, panels):
         x, values = zip(*[(record["step"], record[key]) for record in lines[kind]])
         ax.plot(x, values, ".", ms=3, color="#bbbbbb")
@@ -238,51 +279,65 @@ def draw_curves(folder):
         ax.set(title=key, xlabel="optimiser step")
     axes[1].axhline(math.log(2), ls=":", color="black", lw=1)  # where the policy is the reference
     axes[2].axhline(0.5, ls=":", color="black", lw=1)  # where the pairs' order is a guess
+    evaluated = read_evaluated(folder)
+    metrics = next(iter(evaluated.values()))
+    axes[4].set(title="held-out prompts", xlabel="epoch")
+    for ax, metric, color in (
+        (axes[4], next(iter(metrics)), "#2166ac"),
+        (axes[4].twinx(), "rmse", "#b2182b"),
+    ):
+        if metric in metrics:
+            means = [np.nanmean(np.array(v[metric], dtype=float)) for v in evaluated.values()]
+            ax.plot(evaluated.keys(), means, "o-", color=color)
+            ax.set_ylabel(metric, color=color)
     common.save_figure(figure, os.path.join(folder, "curves.png"))
 
 
-def figures_per_prompt(judge, prompts, images):
-    """{figure: (P,) array} of images (P, K, 3, H, W), as 8-bit files hold them: means over the K
-    images of a prompt or over their pairs. judge None: diversity alone."""
+def values_per_prompt(judge, prompts, images):
+    """{metric: P values} of images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's
+    K images, or over each two of them; None where no value is finite. judge None: no scores."""
     P, K = images.shape[:2]
     eight_bit = (images * 255).round().clamp(0, 255).byte()
     flat = eight_bit.flatten(0, 1).float() / 255  # (P K, 3, H, W)
-    each = [prompt for prompt in prompts for _ in range(K)]
-    values = {}  # {figure: (P K,)}
+    values = {}  # {metric: P rows}
     if judge:
         text = judge.encode(prompts).repeat_interleave(K, 0)
         scores = [judge(x, y).float().cpu() for x, y in zip(flat.split(16), text.split(16))]
-        values[f"{judge.name} (the judge)"] = torch.cat(scores)
+        values[judge.name] = torch.cat(scores).view(P, K)
     if hasattr(judge, "report"):
-        values |= judge.report(flat, each)
-    figures = {}
-    for name, value in values.items():
-        if not value.isnan().all():  # of captions that a checker cannot read
-            figures[name] = value.view(P, K).nanmean(1).double().numpy()
-    rows = [[image.permute(1, 2, 0) for image in row] for row in eight_bit]
-    if K > 1:
-        apart = [[rmse(*two, 255) for two in itertools.combinations(row, 2)] for row in rows]
-        figures["diversity: RMSE between images of a prompt"] = np.mean(apart, 1)
-    entropies = [[entropy_1d(image) for image in row] for row in rows]
-    figures["diversity: entropy of an image, bits"] = np.mean(entropies, 1)
-    return figures
+        each = [prompt for prompt in prompts for _ in range(K)]
+        values |= {name: x.view(P, K) for name, x in judge.report(flat, each).items()}
+    pictures = [[image.permute(1, 2, 0) for image in row] for row in eight_bit]
+    for metric in NEED_NO_WEIGHTS:
+        prepare, compare = load_metric(metric, "cpu", None)
+        rows = [[prepare(picture) for picture in row] for row in pictures]
+        if compare:
+            rows = [[compare(*two) for two in itertools.combinations(row, 2)] for row in rows]
+        values[metric] = rows
+    means = {}
+    for metric, rows in values.items():
+        rows = [[float(x) for x in row if math.isfinite(x)] for row in rows]
+        if any(rows):  # not of captions that a checker cannot read, nor of one image a prompt
+            means[metric] = [sum(row) / len(row) if row else None for row in rows]
+    return means
 
 
 def before_after_table(before, after, count):
-    """(Markdown, {figure: {before, after, change, se}}) of two figures_per_prompt of the same
+    """(Markdown, {metric: {before, after, change, se}}) of two values_per_prompt of the same
     prompts and seeds. +- is the standard error over prompts; of the change, of its paired mean."""
     prompts = len(next(iter(before.values())))
     head = f"{prompts} held-out prompts x {count} images"
     rows, figures = [[head, "before", "after", "change", "change / its error"]], {}
     for name in before:
-        columns = before[name], after[name], after[name] - before[name]
+        old, new = (np.array(values[name], dtype=float) for values in (before, after))
         cells, means = [name], []
-        for values, sign in zip(columns, ("", "", "+")):
+        for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
             mean, error = values.mean(), math.nan
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
-            cells.append(f"{mean:{sign}.3f}" + (f" +- {error:.3f}" if len(values) > 1 else ""))
+            spread = f" +- {error:#.2g}" if len(values) > 1 else ""
+            cells.append(f"{mean:{sign}#.4g}{spread}")
             means.append(float(mean))
         rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])
         figures[name] = dict(zip(("before", "after", "change"), means), se=float(error))

@@ -169,7 +169,7 @@ def test_a_judge(fork, small_run, tmp_path):
     flags = ["--judge", "bright", "--max_train_steps", 2, "--output_dir", run]
     fork.run("train.py", *small_run, *flags)
     assert len(steps_of(run)) == 2
-    assert "| bright (the judge) |" in (run / "table.md").read_text()
+    assert "| bright |" in (run / "table.md").read_text()
     flags = ["--judges", "bright", "--metrics", "none", "--images_per_prompt", 1]
     fork.run("evaluate.py", run, *flags, "--device", "cpu", "--output_dir", home)
     head, _, original, aligned = (home / "table2.md").read_text().splitlines()[:4]
