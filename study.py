@@ -9,34 +9,36 @@
 A run is `train.py --eval_interval 3` in a process of its own. A finished run is never run again, a
 cut one goes on by --resume: kill the study anywhere and give the same command. --output_dir gets
 
-    runs.csv      setting, div, seed, epoch, metric, prompt, value, digest: figures of every prompt
-                  held out (a number: its place in the run's config.json). div "original" is the
-                  model before training. Where f''(1) = 1, in all rows but js, `matched` is
-                  `published`: such a run stands in the file once, under that name
+    runs.csv      figures of every prompt held out (a number: its place in the run's config.json).
+                  div "original" is the model before training. Where f''(1) = 1, in all rows but js,
+                  `matched` is `published`: such a run stands in the file once, under that name
     study.md      tables and verdicts (parts/stats.py); study.png: taste against diversity
-    runs/         the runs' folders and logs; only runs.csv is needed to go on elsewhere
+    runs/         the runs' folders and logs; to go on elsewhere runs.csv is enough
 
-digest stands for this code and the flags. Other code is refused: run a study from a clone of its
-own, so that your other work does not change it.
+digest stands for the code and the flags of a run. Other code is refused: run a study from a clone
+of its own, so that your other work does not change it.
 """
 
-import ast
 import csv
 import hashlib
+import itertools
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from divergences import get_divergence
-from parts import stats
-from parts.common import UserError, make_folder, pick_device, read_json, run_cli, write_csv
+from parts import common, stats
+from parts.common import UserError
 from parts.flags import build_parser, check_range
 from parts.run import read_evaluated
 from parts.weights import TOY, find, read_train_json, resolve_model
@@ -69,7 +71,7 @@ FLAGS = {
     "jobs": (0, "[0, inf)", "runs side by side; 0: one a GPU, or two on a CPU"),
     "device": ("auto", None, "auto, cpu, cuda"),
     "dry_run": (False, None, "say what would be run, and stop"),
-    "report": (False, None, "tables and figure of what is in runs.csv, and stop"),
+    "report": (False, None, "tables and figure of what is in runs.csv, no run"),
     "output_dir": ("out/study", None, "of runs.csv, study.md, study.png and the runs"),
 }
 HERE = Path(__file__).resolve().parent
@@ -79,12 +81,11 @@ Spec = namedtuple("Spec", "setting div seed flags digest")  # of a run; flags of
 
 def main():
     args = parse_args()
-    table = Path(args.output_dir, "runs.csv")
+    table, specs = Path(args.output_dir, "runs.csv"), plan(args)
     if not args.report:
-        specs = plan(args)
-        todo = unfinished(specs, table, args)
-        own_judge = "judge" in read_train_json(args.model)
-        hours, gb = TOY_COST if own_judge else SD15_COST
+        check_digests(specs, read_rows(table))
+        todo = unfinished(specs, table)
+        hours, gb = TOY_COST if args.own_judge else SD15_COST
         print(f"{len(specs)} runs of {args.model}, {len(specs) - len(todo)} finished; the others:")
         print(
             f"about {hours * len(todo) / args.jobs:.1f} hours, {args.jobs} side by side, ", end=""
@@ -92,16 +93,24 @@ def main():
         print(f"and {gb * len(todo):.1f} GB in {args.output_dir}", flush=True)
         if args.dry_run:
             for spec in todo:
-                print("  " + " ".join(command(spec, args)[1:]))
+                print("  python", *command(spec, args.device, args)[1:])
             return
-        failed = run_all(todo, table, args)
-        if not own_judge:  # the paper's Tables 2 and 3
+        run_all(todo, table, args)
+        if not args.own_judge:  # the paper's Tables 2 and 3
             folders = [folder_of(spec, args) for spec in specs if folder_of(spec, args).exists()]
-            tables = ["--output_dir", f"{args.output_dir}/evaluation"]
-            subprocess.run([sys.executable, HERE / "evaluate.py", *folders, *tables])
-    stats.report(by_setting(read_rows(table)), args.output_dir)
-    if not args.report and failed:
-        raise UserError(f"{len(failed)} runs failed and are in no table: {', '.join(failed)}")
+            place = ["--output_dir", f"{args.output_dir}/evaluation"]
+            subprocess.run([sys.executable, HERE / "evaluate.py", *folders, *place])
+    settings = by_setting(read_rows(table))
+    if not settings:
+        raise UserError(f"no finished run in {table}")
+    missing = [f"{spec.setting} {spec.div} {spec.seed}" for spec in unfinished(specs, table)]
+    note = f"{len(missing)} runs are missing: {', '.join(missing)}.\n" if missing else ""
+    text = stats.report(settings, SETTINGS, note)
+    common.write_file(f"{args.output_dir}/study.md", text)
+    draw(settings, f"{args.output_dir}/study.png")
+    print(f"{text}\nIn {args.output_dir}: runs.csv, study.md, study.png")
+    if missing and not args.report:
+        sys.exit(1)
 
 
 def parse_args():
@@ -118,8 +127,8 @@ def parse_args():
     args.extra = words[end + 1 :]  # flags of train.py
     where, _ = resolve_model(args.model)
     args.model = "toy" if where == TOY else where
-    args.device = pick_device(args.device)
-    args.gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    args.own_judge = "judge" in read_train_json(where)
+    args.gpus = torch.cuda.device_count() if common.pick_device(args.device) == "cuda" else 0
     args.jobs = args.jobs or args.gpus or 2
     return args
 
@@ -129,20 +138,18 @@ def plan(args):
     blocks = TOY_PLAN if args.model == "toy" else PAPER_PLAN
     if args.settings or args.div or args.seeds:
         blocks = [(args.settings or ["published"], args.div or PAPER, args.seeds or range(3))]
-    specs, code = {}, digest_of_code()
+    common = [digest_of_code(), args.model, read_train_json(args.model), args.eval_interval]
+    specs = {}
     for settings, divs, seeds in blocks:
-        for setting in settings:
-            for div in divs:
-                home, flags = where_run(setting, div)
-                what = [code, flags, args.model, read_train_json(args.model)]
-                digest = short_hash([*what, args.eval_interval, args.extra])
-                for seed in seeds:
-                    specs[home, div, str(seed)] = Spec(home, div, str(seed), flags, digest)
+        for setting, div, seed in itertools.product(settings, divs, seeds):
+            home, flags = where_run(setting, div)
+            spec = Spec(home, div, str(seed), flags, short_hash([*common, flags, args.extra]))
+            specs[spec[:3]] = spec
     return sorted(specs.values(), key=lambda spec: int(spec.seed))
 
 
 def where_run(setting, div):
-    """(setting, flags) under which such a run is made: matched where f''(1) is 1 is unmatched."""
+    """(setting, flags) of a run: where f''(1) is 1, a matched setting is its unmatched twin."""
     flags = SETTINGS[setting]
     try:
         name, alpha = ("alpha", float(div[5:])) if div.startswith("alpha") else (div, None)
@@ -156,183 +163,163 @@ def where_run(setting, div):
 
 
 def digest_of_code():
-    """Of train.py and of every file of ours that it imports, or that those do."""
-    files, new = {}, ["train.py"]
-    while new:
-        file = new.pop()
-        text = files[file] = (HERE / file).read_text()
-        for node in ast.walk(ast.parse(text)):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                imported = name.replace(".", "/") + ".py"
-                if (HERE / imported).exists() and imported not in files:
-                    new.append(imported)
-    return short_hash(sorted(files.items()))
+    """Of every file of ours that train.py imports (tests/test_study.py compares)."""
+    files = [
+        HERE / f"{name}.py" for name in ("train", "sample", "loss", "divergences", "toy/world")
+    ]
+    files += sorted(set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py"})
+    return short_hash([path.read_text() for path in files])
 
 
 def short_hash(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
-def unfinished(specs, table, args):
-    """Specs that are not in the table. Raises UserError if what is there was made otherwise."""
-    rows = read_rows(table) if table.exists() else []
-    there = {tuple(row[:3]): row[-1] for row in rows}
+def check_digests(specs, rows):
+    """Raises UserError if the table's rows were made by other code, or with other flags."""
     digests = {(spec.setting, spec.div): spec.digest for spec in specs}
-    for (setting, div, _), digest in there.items():
+    for setting, div, digest in {(row[0], row[1], row[-1]) for row in rows}:
         if digests.get((setting, div), digest) != digest:
             fix = "check out the commit that made it, or take another --output_dir"
-            raise UserError(f"{table}: {setting} {div} is of other code or flags: {fix}")
-    return [spec for spec in specs if tuple(spec[:3]) not in there]
+            raise UserError(f"runs.csv: {setting} {div} is of other code or flags: {fix}")
+
+
+def unfinished(specs, table):
+    there = {tuple(row[:3]) for row in read_rows(table)}
+    return [spec for spec in specs if spec[:3] not in there]
 
 
 # ---- The runs ------------------------------------------------------------------------------------
 
 
 def folder_of(spec, args):
-    """With the digest in its name, so that runs of other code are never gone on with."""
+    """With the digest in its name, so that no run of other code is gone on with."""
     return Path(args.output_dir, "runs", f"{spec.setting}-{spec.div}-{spec.seed}-{spec.digest}")
 
 
-def command(spec, args):
+def command(spec, device, args):
     folder = folder_of(spec, args)
     div = (
         ["--div", "alpha", "--alpha", spec.div[5:]] if "alpha" in spec.div else ["--div", spec.div]
     )
-    flags = spec.flags
-    if "10/D" in flags:
-        flags = flags.replace("10/D", f"{10 / latent_dimensions(args.model):.9g}")
+    flags = spec.flags.replace(
+        "10/D", ten_by_dimensions(args.model) if "10/D" in spec.flags else ""
+    )
     pairs = args.pairs or f"{args.output_dir}/pairs"
-    flags = [pairs if flag == "PAIRS" else flag for flag in flags.split()]
-    own = ["--model", args.model, "--device", args.device, "--seed", spec.seed]
+    flags = [pairs if word == "PAIRS" else word for word in flags.split()]
+    own = ["--model", args.model, "--device", device, "--seed", spec.seed]
     own += ["--eval_interval", str(args.eval_interval), "--output_dir", str(folder)]
     resume = ["--resume"] if (folder / "config.json").exists() else []
     return [sys.executable, str(HERE / "train.py"), *div, *args.extra, *flags, *own, *resume]
 
 
-def latent_dimensions(model):
+def ten_by_dimensions(model):
     folder = TOY if model == "toy" else model
-    path = f"{folder}/unet/config.json"
-    if not os.path.isdir(folder):
-        path = find(model, "unet/config.json")
-    config = read_json(path, "give a diffusers folder")
-    return config["in_channels"] * config["sample_size"] ** 2
+    local = os.path.isdir(folder)
+    path = f"{folder}/unet/config.json" if local else find(model, "unet/config.json")
+    config = common.read_json(path, "give a diffusers folder")
+    return f"{10 / (config['in_channels'] * config['sample_size'] ** 2):.9g}"
 
 
 def run_all(todo, table, args):
-    """Runs them, args.jobs side by side, and adds each to the table. Returns those that failed."""
-    make_folder(f"{args.output_dir}/runs")
-    make_toy_pairs(todo, args)
-    begin, total, failed, running = time.time(), len(todo), [], {}  # running: slot -> spec, process
-    finished = 0
-    while todo or running:
-        for slot in range(args.jobs):
-            if slot not in running and todo:
-                spec = next((spec for spec in todo if is_free(folder_of(spec, args))), None)
-                if spec:
-                    todo.remove(spec)
-                    running[slot] = spec, start(spec, slot, args)
-        time.sleep(0.5)
-        for slot, (spec, process) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[slot]
-            finished += 1
-            folder = folder_of(spec, args)
-            if process.returncode:
-                failed.append(folder.name)
-                last = Path(f"{folder}.log").read_text().strip().splitlines()[-1:]
-                print(f"{finished}/{total} {folder.name} FAILED: {' '.join(last)}", flush=True)
-                continue
-            add_rows(spec, folder, table)
-            hours = (time.time() - begin) / finished * (total - finished) / 3600
-            print(f"{finished}/{total} {folder.name}, about {hours:.1f} hours left", flush=True)
-    return failed
+    """Runs them, args.jobs side by side; what finished goes into the table, what failed is said."""
+    common.make_folder(f"{args.output_dir}/runs")
+    pairs = os.path.abspath(f"{args.output_dir}/pairs")
+    if any("PAIRS" in spec.flags for spec in todo) and not (args.pairs or os.path.exists(pairs)):
+        if args.model != "toy":
+            raise UserError("the setting pairs needs preference pairs: --pairs DIR")
+        subprocess.run([sys.executable, "-m", "toy.make", "--pairs", pairs], cwd=HERE, check=True)
+    devices, writing, begin, ended = queue.SimpleQueue(), threading.Lock(), time.time(), []
+    for slot in range(args.jobs):
+        devices.put(f"cuda:{slot % args.gpus}" if args.gpus else args.device)
+
+    def run(spec):
+        device, folder = devices.get(), folder_of(spec, args)
+        if folder.exists():  # a study that was killed leaves trainers behind: wait for their lock
+            FileLock(folder / "lock").acquire().release()
+        # another number of threads gives other last bits
+        environment = os.environ | ({} if args.gpus else {"OMP_NUM_THREADS": "1"})
+        with open(f"{folder}.log", "a") as log:
+            options = dict(stdout=log, stderr=log, env=environment)
+            code = subprocess.run(command(spec, device, args), **options).returncode
+        devices.put(device)
+        with writing:
+            ended.append(spec)
+            last = Path(f"{folder}.log").read_text().strip().split("\n")[-1]
+            outcome = f"FAILED: {last}" if code else "finished"
+            if not code:
+                add_rows(spec, folder, table)
+            left = (time.time() - begin) / len(ended) * (len(todo) - len(ended)) / 3600
+            where = f"{len(ended)}/{len(todo)} {folder.name}"
+            print(f"{where} {outcome}; about {left:.1f} hours left", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, todo))
 
 
-def is_free(folder):
-    """False while a process trains there, perhaps of a study that was killed."""
-    lock = FileLock(folder / "lock")
-    try:
-        if folder.exists():
-            lock.acquire(timeout=0)
-            lock.release()
-        return True
-    except Timeout:
-        return False
-
-
-def start(spec, slot, args):
-    # other numbers of threads give other last bits
-    where = {"OMP_NUM_THREADS": "1"}
-    if args.gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
-        where = {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % args.gpus]}
-    with open(f"{folder_of(spec, args)}.log", "a") as log:
-        options = dict(stdout=log, stderr=log, env=os.environ | where)
-        return subprocess.Popen(command(spec, args), **options)
-
-
-def make_toy_pairs(todo, args):
-    place = f"{args.output_dir}/pairs"
-    if args.pairs or not any("PAIRS" in spec.flags for spec in todo):
-        return
-    if args.model != "toy":
-        raise UserError("the setting pairs needs preference pairs: --pairs DIR")
-    if not os.path.exists(place):
-        make = [sys.executable, "-m", "toy.make", "--pairs", os.path.abspath(place)]
-        subprocess.run(make, cwd=HERE, check=True)
-
-
-# ---- runs.csv ------------------------------------------------------------------------------------
+# ---- runs.csv and study.png ----------------------------------------------------------------------
 
 
 def read_rows(table):
-    try:
-        with open(table, newline="") as file:
-            return list(csv.reader(file))[1:]
-    except OSError as error:
-        raise UserError(f"cannot read {table} ({error.strerror}): run the study first") from error
+    if not table.exists():
+        return []
+    with open(table, newline="") as file:
+        return list(csv.reader(file))[1:]
 
 
 def add_rows(spec, folder, table):
     """A finished run's figures into the table, and those of the original where it has none."""
-    rows = read_rows(table) if table.exists() else []
+    rows = read_rows(table)
     there = {tuple(row[:3]) for row in rows}
     for epoch, metrics in read_evaluated(folder).items():
         key = (spec.setting, spec.div, spec.seed) if epoch else (spec.setting, "original", "")
-        if key in there:
-            continue
         for metric, values in metrics.items():
-            for prompt, value in enumerate(values):
+            for prompt, value in enumerate(values if key not in there else []):
                 value = "nan" if value is None else f"{value:.6g}"
                 rows.append([*key, str(epoch), metric, str(prompt), value, spec.digest])
-    write_csv(table, HEADER, sorted(rows, key=lambda row: row[:3]))
+    common.write_csv(table, HEADER, sorted(rows, key=place))
+
+
+def place(row):
+    """Where a row stands: settings and divergences in the order of the tables above."""
+    setting, div, seed = row[:3]
+    rank = PAPER.index(div) if div in PAPER else len(PAPER)
+    return list(SETTINGS).index(setting), rank, div, seed
 
 
 def by_setting(rows):
-    """{setting: {div: {seed: {metric: {epoch: (P,) array}}}}}, shared runs in both settings.
-
-    div "original" has one seed, "", and epoch 0 alone.
-    """
+    """{setting: {div: {seed: {metric: {epoch: (P,) array}}}}}, from epoch 0 on, the original's; a
+    shared run in each of its settings."""
     values = defaultdict(list)
     for setting, div, seed, epoch, metric, _, value, _ in rows:
         values[setting, div, seed, metric, int(epoch)].append(float(value))
-    nested = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(dict))))
-    for setting in SETTINGS:
-        for (home, div, seed, metric, epoch), of_prompts in values.items():
-            if div == "original":
-                shared = home == where_run(setting, "rkl")[0]
-            else:
-                shared = home == where_run(setting, div)[0]
-            if shared:
-                nested[setting][div][seed][metric][epoch] = np.array(of_prompts)
-    return nested
+    settings = {setting: defaultdict(lambda: defaultdict(dict)) for setting in SETTINGS}
+    for setting, (home, div, seed, metric, epoch) in itertools.product(SETTINGS, values):
+        if div != "original" and where_run(setting, div)[0] == home:
+            start = np.array(values[home, "original", "", metric, 0])
+            path = settings[setting][div][seed].setdefault(metric, {0: start})
+            path[epoch] = np.array(values[home, div, seed, metric, epoch])
+    return {setting: runs for setting, runs in settings.items() if runs}
+
+
+def draw(settings, path):
+    """A panel a setting: judge against RMSE, a line a run from the original on, a colour a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.2 * len(settings), 4), layout="constrained")
+    colours = {}
+    panels = figure.subplots(1, len(settings), squeeze=False)[0]
+    for axes, (setting, runs) in zip(panels, settings.items()):
+        for div, seeds in runs.items():
+            colour = colours.setdefault(div, f"C{len(colours)}")
+            for i, metrics in enumerate(seeds.values()):
+                judge = next(iter(metrics))
+                x, y = ([np.nanmean(v) for v in metrics[m].values()] for m in ("rmse", judge))
+                axes.plot(x, y, ".-", color=colour, lw=1, label=None if i else div)
+        axes.set(title=setting, xlabel="RMSE between images of a prompt (diversity)", ylabel=judge)
+        axes.legend()
+    common.save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)
