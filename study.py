@@ -138,12 +138,13 @@ def plan(args):
     blocks = TOY_PLAN if args.model == "toy" else PAPER_PLAN
     if args.settings or args.div or args.seeds:
         blocks = [(args.settings or ["published"], args.div or PAPER, args.seeds or range(3))]
-    common = [digest_of_code(), args.model, read_train_json(args.model), args.eval_interval]
+    code = [path.read_text() for path in files_of_a_run()]
+    shared = [code, args.model, read_train_json(args.model), args.eval_interval]
     specs = {}
     for settings, divs, seeds in blocks:
         for setting, div, seed in itertools.product(settings, divs, seeds):
             home, flags = where_run(setting, div)
-            spec = Spec(home, div, str(seed), flags, short_hash([*common, flags, args.extra]))
+            spec = Spec(home, div, str(seed), flags, short_hash([*shared, flags, args.extra]))
             specs[spec[:3]] = spec
     return sorted(specs.values(), key=lambda spec: int(spec.seed))
 
@@ -162,13 +163,11 @@ def where_run(setting, div):
     return (same or [setting])[0], flags
 
 
-def digest_of_code():
-    """Of every file of ours that train.py imports (tests/test_study.py compares)."""
-    files = [
-        HERE / f"{name}.py" for name in ("train", "sample", "loss", "divergences", "toy/world")
-    ]
-    files += sorted(set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py"})
-    return short_hash([path.read_text() for path in files])
+def files_of_a_run():
+    """Every file of ours that train.py imports: its code, which digest stands for."""
+    names = ("train", "sample", "loss", "divergences", "toy/world")
+    parts = set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py"}
+    return [*(HERE / f"{name}.py" for name in names), *sorted(parts)]
 
 
 def short_hash(value):
@@ -235,8 +234,9 @@ def run_all(todo, table, args):
 
     def run(spec):
         device, folder = devices.get(), folder_of(spec, args)
-        if folder.exists():  # a study that was killed leaves trainers behind: wait for their lock
-            FileLock(folder / "lock").acquire().release()
+        if folder.exists():
+            with FileLock(folder / "lock"):  # a study that was killed leaves trainers behind
+                pass
         # another number of threads gives other last bits
         environment = os.environ | ({} if args.gpus else {"OMP_NUM_THREADS": "1"})
         with open(f"{folder}.log", "a") as log:
@@ -299,7 +299,7 @@ def by_setting(rows):
             start = np.array(values[home, "original", "", metric, 0])
             path = settings[setting][div][seed].setdefault(metric, {0: start})
             path[epoch] = np.array(values[home, div, seed, metric, epoch])
-    return {setting: runs for setting, runs in settings.items() if runs}
+    return {setting: dict(runs) for setting, runs in settings.items() if runs}
 
 
 def draw(settings, path):
