@@ -32,47 +32,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts import diversity, weights
-from parts.common import (
-    UserError,
-    hold_out,
-    make_folder,
-    markdown,
-    peak_gb,
-    pick_device,
-    progress_bar,
-    read_prompts,
-    run_cli,
-    save_figure,
-    to_pil,
-    write_csv,
-    write_file,
-    write_png,
-)
+from parts import common, diversity, weights
+from parts.common import UserError
 from parts.flags import build_parser, check_range
 from parts.images import list_images, read_image, to_pixels
 from parts.judges import JUDGES, load_judge
 from parts.model import load_pipeline, load_policy, policy_file
 from sample import generate, seed_of
 
-# metric: title and which is better, GB of weights, SD v1.5 in the paper (mean ± sd)
+# metric: title and which is better, GB of weights; what the paper prints: docs/paper.csv
 TABLE2 = {
-    "clipscore": ("CLIPScore ↑", 3.9, "0.352 ± 0.049"),
-    "vqascore": ("VQAScore ↑", 22.9, "0.601 ± 0.243"),
-    "aesthetic": ("Aesthetic ↑", 1.7, "5.648 ± 0.526"),
-    "imagereward": ("ImageReward ↑", 1.8, "0.173 ± 1.011"),
-    "pickscore": ("PickScore ↑", 3.9, "20.908 ± 1.228"),
-    "hps": ("HPS v2 ↑", 2.0, "26.933 ± 1.454"),
+    "clipscore": ("CLIPScore ↑", 3.9),
+    "vqascore": ("VQAScore ↑", 22.9),
+    "aesthetic": ("Aesthetic ↑", 1.7),
+    "imagereward": ("ImageReward ↑", 1.8),
+    "pickscore": ("PickScore ↑", 3.9),
+    "hps": ("HPS v2 ↑", 2.0),
 }
 TABLE3 = {
-    "clip_i": ("CLIPScore image-image ↓", 3.9, "0.7994 ± 0.0842"),
-    "entropy_1d": ("Entropy 1D ↑", 0, "7.2547 ± 0.6230"),
-    "entropy_2d": ("Entropy 2D ↑", 0, "14.0615 ± 1.3478"),
-    "lpips": ("LPIPS ↑", 0.24, "0.6306 ± 0.0707"),
-    "rmse": ("RMSE ↑", 0, "0.0202 ± 0.0043"),
-    "psnr": ("PSNR ↓", 0, "34.0374 ± 1.8413"),
-    "ssim": ("SSIM ↓", 0, "0.7344 ± 0.0858"),
-    "fsim": ("FSIM ↓", 0, "0.2942 ± 0.0307"),
+    "clip_i": ("CLIPScore image-image ↓", 3.9),
+    "entropy_1d": ("Entropy 1D ↑", 0),
+    "entropy_2d": ("Entropy 2D ↑", 0),
+    "lpips": ("LPIPS ↑", 0.24),
+    "rmse": ("RMSE ↑", 0),
+    "psnr": ("PSNR ↓", 0),
+    "ssim": ("SSIM ↓", 0),
+    "fsim": ("FSIM ↓", 0),
 }
 # flag: (default, its range, what it is)
 FLAGS = {
@@ -85,6 +70,7 @@ FLAGS = {
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
     "batch_size": (16, "[1, inf)", "images painted at once"),
     "skip_bad": (False, None, "leave out files that are no whole images"),
+    "paper": (False, None, "print the paper's Tables 2 and 3, and stop"),
     "device": ("auto", None, "auto, cpu, cuda, cuda:1"),
     "output_dir": ("out/evaluation", None, "of tables, images and scores"),
 }
@@ -107,13 +93,15 @@ class Row:  # a line of the tables
 
 def main():
     start, args = time.time(), parse_args()
+    if args.paper:
+        return print(make_table(TABLE2, [], "", {}), make_table(TABLE3, [], "", {}), sep="\n")
     rows = find_rows(args)  # those of models first
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in rows:
         if not row.model:
             find_images(row, prompts, args)  # before anything is painted
     for row in rows:
-        make_folder(f"{row.folder}/scores")
+        common.make_folder(f"{row.folder}/scores")
         if row.model:
             paint(row, prompts, choose_sampler(args, rows), args)
         row.stamp = f"# of images {digest(row.files.values(), [*row.files, prompts])}"
@@ -127,18 +115,22 @@ def main():
             not_run[name] = str(error)  # its cells will say so
     write_tables(rows, args.output_dir, not_run)
     print(f"In {args.output_dir}: table2.md, table3.md, summary.csv, tradeoff.png, images, scores")
-    print(f"{time.time() - start:.0f} s, peak memory {peak_gb(args.device) or np.nan:.2f} GB")
+    print(
+        f"{time.time() - start:.0f} s, peak memory {common.peak_gb(args.device) or np.nan:.2f} GB"
+    )
 
 
 def parse_args():
     parser = build_parser(FLAGS, __doc__)
-    parser.add_argument("targets", nargs="+", help="runs, LoRA files, models, folders of images")
+    parser.add_argument("targets", nargs="*", help="runs, LoRA files, models, folders of images")
     for flag, known in (("--judges", JUDGES), ("--metrics", TABLE3)):
         parser.add_argument(flag, nargs="+", default=[], choices=[*known, "none"])
     args = parser.parse_args()
     for name, (_, allowed, _) in FLAGS.items():
         check_range(name, getattr(args, name), allowed)
-    args.device = pick_device(args.device)
+    if not (args.targets or args.paper):
+        raise UserError("nothing to score: give a run, a LoRA file, a model or a folder of images")
+    args.device = common.pick_device(args.device)
     return args
 
 
@@ -190,7 +182,7 @@ def choose_prompts(args, rows):
     if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
         path = weights.find("ymhao/HPDv2", "test.json", args.weights, "dataset")
     own = [own_prompts(row) for row in rows]
-    prompts = read_prompts(path) if path else max(own, key=len)
+    prompts = common.read_prompts(path) if path else max(own, key=len)
     for row, theirs in zip(rows, own):
         if theirs not in ([], prompts) and not (path and row.model):
             raise UserError(f"{row.label} has other prompts than those in use: say --prompts FILE")
@@ -202,10 +194,10 @@ def choose_prompts(args, rows):
 def own_prompts(row):
     """Prompts that the policy was not trained on."""
     path = weights.find_prompts(row.model or row.source)
-    prompts = read_prompts(path) if path else []
+    prompts = common.read_prompts(path) if path else []
     if row.model:
         count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
-        prompts = row.run.get("held_out") or hold_out(prompts, count)[1]
+        prompts = row.run.get("held_out") or common.hold_out(prompts, count)[1]
     return prompts
 
 
@@ -243,7 +235,7 @@ def paint(row, prompts, sampler, args):
     """Sets row.files, and paints those that are not there: DDIM, eta 0."""
     args.images_per_prompt = args.images_per_prompt or 4
     check_settings(row, prompts, sampler)
-    make_folder(f"{row.folder}/images")
+    common.make_folder(f"{row.folder}/images")
     numbers = itertools.product(range(len(prompts)), range(args.images_per_prompt))
     row.files = {(p, k): f"{row.folder}/images/{p:05d}_{k}.png" for p, k in numbers}
     missing = [key for key, path in row.files.items() if not os.path.exists(path)]
@@ -253,7 +245,7 @@ def paint(row, prompts, sampler, args):
     pipe = load_pipeline(row.model, args.device, dtype)
     if row.source != row.model:
         load_policy(pipe.unet, row.source)
-    with progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
+    with common.progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
@@ -262,7 +254,7 @@ def paint(row, prompts, sampler, args):
             settings |= dict(guidance=sampler["guidance_scale"], batch_size=len(batch))
             images = generate(pipe, captions, seeds, **settings)
             for key, image in zip(batch, images):
-                write_png(to_pil(image), row.files[key])
+                common.write_png(common.to_pil(image), row.files[key])
 
 
 def check_settings(row, prompts, sampler):
@@ -272,7 +264,7 @@ def check_settings(row, prompts, sampler):
     settings = {"weights": digest(files, row.model), **sampler, "prompts": prompts}
     path = Path(row.folder, "settings.json")
     if not path.exists():  # before the first image, so that there is none without it
-        write_file(path, json.dumps(settings))
+        common.write_file(path, json.dumps(settings))
     painted = json.loads(path.read_text())
     other = ", ".join(name for name in settings if painted[name] != settings[name])
     if other:
@@ -300,7 +292,7 @@ def score(rows, name, prompts, args):
             continue
         metric = metric or load_metric(name, prompts, args)  # once, and only if it is needed
         lines = []
-        with progress_bar(iterable=row.files, desc=f"{name} of {row.label}") as bar:
+        with common.progress_bar(iterable=row.files, desc=f"{name} of {row.label}") as bar:
             for p, keys in itertools.groupby(bar, lambda key: key[0]):
                 images = {}  # of one prompt: k -> uint8 (H, W, 3)
                 for _, k in keys:
@@ -312,7 +304,7 @@ def score(rows, name, prompts, args):
                 lines += [(p, *line) for line in zip(*columns.values())]
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
-        write_csv(path, ["prompt_index", *columns], lines, stamp)
+        common.write_csv(path, ["prompt_index", *columns], lines, stamp)
 
 
 def read_scores(path, stamp):
@@ -367,13 +359,13 @@ def write_tables(rows, output_dir, not_run):
                 row.scores[name] = summarise(columns["prompt_index"], columns[name])
                 lines.append([row.label, name, *row.scores[name]])
                 if name not in TABLE2 | TABLE3:  # a judge of a fork, or what it reports
-                    own[name] = (f"{name} ↑", 0, "-")
+                    own[name] = (f"{name} ↑", 0)
     table2 = own | TABLE2
     for number, flag, columns in ((2, "--judges", table2), (3, "--metrics", TABLE3)):
         table = make_table(columns, rows, flag, not_run)
-        write_file(f"{output_dir}/table{number}.md", table)
+        common.write_file(f"{output_dir}/table{number}.md", table)
         print(f"\n### Table {number}\n\n{table}")
-    write_csv(f"{output_dir}/summary.csv", ["model", "metric", *Summary._fields], lines)
+    common.write_csv(f"{output_dir}/summary.csv", ["model", "metric", *Summary._fields], lines)
     draw_tradeoff(f"{output_dir}/tradeoff.png", table2, rows)
 
 
@@ -391,9 +383,10 @@ def summarise(prompts, values):
 def make_table(columns, rows, flag, not_run):
     """Markdown: a line a row, the best of a column in bold; below it, what was not run and why."""
     labels = [row.label for row in rows]
-    grid = [["model", *labels, "SD v1.5 in the paper"]]  # column by column
+    paper = read_paper()
+    grid = [["model", *labels, *paper["clipscore"]]]  # column by column
     notes = [f"- {row.label}: {row.bad_files} bad files skipped" for row in rows if row.bad_files]
-    for name, (title, size, paper) in columns.items():
+    for name, (title, size) in columns.items():
         found = {row.label: row.scores[name] for row in rows if name in row.scores}
         means = [summary.mean for summary in found.values() if summary.prompts]
         better = max if title.endswith("↑") else min
@@ -408,11 +401,30 @@ def make_table(columns, rows, flag, not_run):
         if len(found) < len(rows):
             default = f"not asked for: {flag} {name}, {size} GB of weights"
             notes.append(f"- {name}: {not_run.get(name, default)}")
-        grid.append([title, *cells.values(), paper])
+        theirs = paper.get(name, dict.fromkeys(paper["clipscore"], "-"))
+        grid.append([title, *cells.values(), *theirs.values()])
     lines = list(zip(*grid))
-    if all(row.model not in (weights.SD15, None) for row in rows):
-        lines.pop()  # the paper's row tells nothing about other models
-    return "\n".join([markdown(lines), *notes, ""])
+    if rows and not any(is_sd15(row.model) for row in rows):
+        lines = lines[: 1 + len(rows)]  # the paper's rows tell nothing about other models
+    return "\n".join([common.markdown(lines), *notes, ""])
+
+
+def read_paper():
+    """{metric: {"paper: model": cell}}, with the bold that the paper prints."""
+    paper = {}
+    with open(Path(__file__).with_name("docs") / "paper.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            cell = f"{line['mean']} ± {line['sd']}"
+            cell = f"**{cell}**" if line["best"] else cell
+            paper.setdefault(line["metric"], {})[f"paper: {line['model']}"] = cell
+    return paper
+
+
+def is_sd15(model):
+    if not os.path.isdir(model or ""):  # a hub id, or None: images of any model
+        return model in (weights.SD15, None)
+    unet = common.read_json(f"{model}/unet/config.json", "give a diffusers folder")
+    return (unet["sample_size"], unet["cross_attention_dim"]) == (64, 768)
 
 
 def draw_tradeoff(path, columns, rows):
@@ -431,8 +443,8 @@ def draw_tradeoff(path, columns, rows):
             x, y = row.scores[across], row.scores[judge]
             axes.errorbar(x.mean, y.mean, y.se, x.se, fmt="o", label=row.label)
     figure.axes[0].legend()
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)

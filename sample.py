@@ -3,13 +3,13 @@
 python sample.py "a red sun over a sea"                 the toy where there is no CUDA, else SD1.5
 python sample.py "a red sun over a sea" --model toy --lora out/toy-js      a run's LoRA, and above
                                                         it the reference, from the same seeds
-python sample.py --prompts my.txt --model DIR_OR_HUB_ID --seeds 0 1 2 3
+python sample.py --prompts my.txt --lora out/toy-rkl out/toy-js            a gallery, as the paper's
+                                                        Figure 1: a row a model, a column a prompt
 
-Writes a PNG per image and a labelled grid to --output_dir (pictures such as the paper's Figure 1).
+Writes a PNG per image and a labelled grid to --output_dir.
 Seed k gives the same picture at any batch size. train.py and evaluate.py call the same functions.
 """
 
-import contextlib
 import dataclasses
 import os
 
@@ -267,8 +267,9 @@ def build_parser():
     flag("prompt", nargs="*", help="prompts, each in quotes")
     flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
     flag("--model", default="auto", help="auto, toy, a diffusers folder or a hub id")
-    flag("--lora", metavar="RUN", help="a run's folder, --full or not, or a LoRA file")
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="of every prompt")
+    runs = "runs' folders, --full or not, or LoRA files; of several, a gallery: a row a model"
+    flag("--lora", metavar="RUN", nargs="+", default=[], help=runs)
+    flag("--seeds", type=int, nargs="+", help="of every prompt (default: 0 to 5; a gallery: 0)")
     flag("--num_inference_steps", type=int, default=20, help="DDIM steps")
     flag("--guidance_scale", type=float, default=5.0, help="<= 1 is none")
     flag("--eta", type=float, default=0.0, help="0: deterministic; 1: what training samples with")
@@ -286,38 +287,48 @@ def main():
     for name, allowed in RANGES.items():
         check_range(name, getattr(args, name), allowed)
     device = common.pick_device(args.device)
-    config = os.path.join(args.lora or "", "config.json")
+    config = os.path.join(args.lora[0] if args.lora else "", "config.json")
     if args.model == "auto" and args.lora and os.path.exists(config):  # a run knows its model
         args.model = common.read_json(config, "say --model")["args"]["model"]
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
-    # painting needs no more than half precision, which CPUs are slow in
-    half = device.startswith("cuda")
-    pipe = load_pipeline(where, device, torch.float16 if half else torch.float32)
-    policy = load_policy(pipe.unet, args.lora) if args.lora else None
-    common.make_folder(args.output_dir)
+    gallery = len(args.lora) > 1
+    args.seeds = args.seeds or ([0] if gallery else [0, 1, 2, 3, 4, 5])
     each = [prompt for prompt in prompts for _ in args.seeds]
     seeds = args.seeds * len(prompts)  # every prompt with every seed
-    rows, names = {}, ["reference", "aligned"] if policy else ["reference"]
-    with common.progress_bar(total=len(each) * len(names), unit="images") as bar:
-        for name in names:
-            is_reference = policy is not None and name == "reference"
-            with policy.reference() if is_reference else contextlib.nullcontext():
-                settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
-                images = generate(pipe, each, seeds, *settings, progress=bar.update)
-            rows[name] = images.view(len(prompts), len(args.seeds), *images.shape[1:])
-    for p, images in enumerate(rows[names[-1]]):  # files of the model asked for, its LoRA on
-        for seed, image in zip(args.seeds, images):
-            path = os.path.join(args.output_dir, f"{p:03d}_seed{seed}.png")
-            common.write_png(common.to_pil(image), path)
-    grid = []
-    for p, prompt in enumerate(prompts):
-        for name in names:
-            grid.append((f"{prompt}   [{name}]" if policy else prompt, rows[name][p]))
-    width = rows[names[-1]].shape[-1]
-    cell = 128 if width < 128 else 256
-    common.labelled_grid(grid, os.path.join(args.output_dir, "grid.png"), cell)
-    print(f"{len(each)} images and grid.png in {args.output_dir}")
+    names = {os.path.basename(os.path.normpath(run)): run for run in args.lora}
+    models = names | {"reference": None}  # which is last, so that a wrong run is found at once
+    if len(models) <= len(args.lora):
+        raise common.UserError("two of --lora have one name, or one is called reference: rename it")
+    painted = {}  # name -> (P, seeds, 3, H, W), the same noise for all models
+    for name, run in models.items():
+        # painting needs no more than half precision, which CPUs are slow in
+        half = device.startswith("cuda")
+        pipe = load_pipeline(where, device, torch.float16 if half else torch.float32)
+        if run:
+            load_policy(pipe.unet, run)
+        common.make_folder(args.output_dir)  # before anything is painted
+        settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
+        with common.progress_bar(total=len(each), unit="images", desc=name) as bar:
+            images = generate(pipe, each, seeds, *settings, progress=bar.update)
+        painted[name] = images.view(len(prompts), len(args.seeds), *images.shape[1:])
+    for name in names or models:  # files of the model asked for, its LoRA on
+        folder = os.path.join(args.output_dir, name if gallery else "")
+        common.make_folder(folder)
+        for p, images in enumerate(painted[name]):
+            for seed, image in zip(args.seeds, images):
+                common.write_png(common.to_pil(image), f"{folder}/{p:03d}_seed{seed}.png")
+    top_down = ["reference", *names]
+    rows = [(name, painted[name].flatten(0, 1)) for name in top_down]
+    if not gallery:  # a row a prompt and a model, a column a seed
+        rows = []
+        for p, prompt in enumerate(prompts):
+            for name in top_down:
+                rows.append((f"{prompt}   [{name}]" if names else prompt, painted[name][p]))
+    cell = 128 if images.shape[-1] < 128 else 256
+    captions = each if gallery else None
+    common.labelled_grid(rows, os.path.join(args.output_dir, "grid.png"), cell, captions)
+    print(f"{len(each)} images of each model and grid.png in {args.output_dir}")
 
 
 if __name__ == "__main__":

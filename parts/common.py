@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 import warnings
 
 import torch
@@ -221,8 +222,9 @@ def to_pil(image):
     return Image.fromarray(pixels.astype("uint8"))
 
 
-def labelled_grid(rows, path, cell=128):
-    """A PNG of rows [(label, images (n, 3, H, W))], each image scaled to `cell` pixels of width."""
+def labelled_grid(rows, path, cell=128, captions=None):
+    """A PNG of rows [(label, images (n, 3, H, W))], each image scaled to `cell` pixels of width.
+    captions: of the columns, above them."""
     font, pad, head = ImageFont.load_default(14), 4, 22
     _, first = rows[0]
     smooth = first.shape[-1] > cell  # small pictures keep their pixels when enlarged
@@ -231,10 +233,14 @@ def labelled_grid(rows, path, cell=128):
     most = max(len(images) for _, images in rows)
     widest_label = max(int(font.getlength(label)) for label, _ in rows)
     width = max(most * (cell + pad) + pad, widest_label + 2 * pad)
-    sheet = Image.new("RGB", (width, len(rows) * (height + head + pad) + pad), "white")
+    captions = [textwrap.fill(caption, cell // 7) for caption in captions or []]
+    above = 18 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    sheet = Image.new("RGB", (width, above + len(rows) * (height + head + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
+    for j, caption in enumerate(captions):
+        pen.text((pad + j * (cell + pad), pad), caption, fill="black", font=font)
     for i, (label, images) in enumerate(rows):
-        top = pad + i * (height + head + pad)
+        top = above + pad + i * (height + head + pad)
         pen.text((pad, top + 2), label, fill="black", font=font)
         for j, image in enumerate(images):
             small = to_pil(image).resize((cell, height), resample)

@@ -23,7 +23,7 @@ from parts import diversity
 from parts.common import hold_out, to_pil
 from parts.judges import JUDGES
 from parts.model import LORA_FILE, Policy, load_pipeline, load_policy
-from parts.weights import TOY
+from parts.weights import SD15, TOY
 from sample import generate, seed_of
 from toy.world import Taste
 
@@ -268,17 +268,41 @@ def test_best_is_bold_the_right_way_round(title, best, worst):
     rows = [evaluate.Row(source, None, {}, label=source) for source in "abc"]
     for row, mean in zip(rows, (30.0, 32.0, 31.0)):
         row.scores = {"m": evaluate.Summary(mean, sd=1.0, se=0.5, prompts=4, left_out=0)}
-    table = evaluate.make_table({"m": (title, 0, "-")}, rows, "--metrics", {})
-    assert f"| **{best}" in table and f"| {worst}" in table and table.count("**") == 2
+    table = evaluate.make_table({"m": (title, 0)}, rows, "--metrics", {})
+    own = "".join(table.splitlines(keepends=True)[:5])  # above the paper's rows
+    assert f"| **{best}" in own and f"| {worst}" in own and own.count("**") == 2
+    assert table.count("| paper: ") == 8 and table.count("**") == 2
 
 
-def test_the_papers_row():
-    """Tables 2 and 3 of the paper, the original's line."""
+def test_the_papers_rows(evaluate_):
+    """The originals of Tables 2 and 3, and that bold is a column's best of the aligned rows."""
+    paper = evaluate.read_paper()
+    assert list(paper) == [*evaluate.TABLE2, *evaluate.TABLE3]
     printed = "0.352 0.049 0.601 0.243 5.648 0.526 0.173 1.011 20.908 1.228 26.933 1.454".split()
     printed += "0.7994 0.0842 7.2547 0.6230 14.0615 1.3478 0.6306 0.0707".split()
     printed += "0.0202 0.0043 34.0374 1.8413 0.7344 0.0858 0.2942 0.0307".split()
-    columns = [*evaluate.TABLE2.values(), *evaluate.TABLE3.values()]
-    assert " ".join(paper for *_, paper in columns).replace(" ±", "").split() == printed
+    originals = " ".join(cells["paper: original"] for cells in paper.values())
+    assert originals.replace(" ±", "").split() == printed
+    for metric, cells in paper.items():
+        title, _ = (evaluate.TABLE2 | evaluate.TABLE3)[metric]
+        means = {model: float(cell.strip("*").split()[0]) for model, cell in cells.items()}
+        assert len(means) == 8
+        means.pop("paper: original")
+        best = (max if title.endswith("↑") else min)(means, key=means.get)
+        bold = [model for model, cell in cells.items() if cell.startswith("**")]
+        assert bold == [best], metric
+    code, out, _ = evaluate_("--paper")
+    assert code == 0 and out.count("| paper: js | ") == 2
+    assert out.count("**") == 2 * 14 and "| **5.884 ± 0.514** |" in out
+
+
+def test_sd15_is_known_by_its_shape(micro, tmp_path):
+    assert evaluate.is_sd15(SD15) and evaluate.is_sd15(None)
+    assert not evaluate.is_sd15(micro) and not evaluate.is_sd15("owner/name")
+    (tmp_path / "unet").mkdir()
+    config = {"sample_size": 64, "cross_attention_dim": 768}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    assert evaluate.is_sd15(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,7 +314,7 @@ def test_a_run_and_its_original(evaluate_, run, home, micro, monkeypatch):
     code, out, err = evaluate_(*flags)
     assert code == 0, err
     original, aligned = out.index("| micro (original) |"), out.index("| micro-js |")
-    assert original < aligned and "**" in out and "SD v1.5" not in out
+    assert original < aligned and "**" in out and "paper:" not in out
     assert len(scores(home, "micro-js", "taste")) == 4 and len(scores(home, "micro", "rmse")) == 2
     # the prompts are those the run held out, seeds are shared, images are those of generate()
     held_out = json.loads((run / "config.json").read_text())["held_out"]
@@ -406,10 +430,12 @@ def test_a_killed_call_goes_on(run, tmp_path):
         return Child(*argv, kill=kill, environment={"OMP_NUM_THREADS": "1"}).wait()
 
     assert call(whole)[0] == 0
-    assert call(home, ("KILL", "evaluate", "write_png", 3))[0] == -9
+    assert call(home, ("KILL", "parts.common", "write_png", 3))[0] == -9
     painted = {path: path.stat().st_mtime_ns for path in home.glob("micro/images/*.png")}
     assert len(painted) == 2
-    assert call(home, ("KILL", "evaluate", "write_csv", 2))[0] == -9  # of the original is the first
+    assert (
+        call(home, ("KILL", "parts.common", "write_csv", 2))[0] == -9
+    )  # of the original is the first
     assert [path.stem for path in home.glob("*/scores/*.csv")] == ["taste"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in painted.items())
     code, printed = call(home)

@@ -119,13 +119,39 @@ def test_the_command_paints_the_aligned_model_below_the_reference(command, micro
     assert Image.open(tmp_path / "out/grid.png").size[1] > 4 * 128  # two rows of each prompt
 
 
+def test_a_gallery_has_a_row_a_model_and_a_column_a_prompt(command, micro, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        pipe = load_pipeline(micro)
+        policy = Policy(pipe.unet, rank=2)
+        shake(policy, seed)
+        os.makedirs(tmp_path / name)
+        policy.save(str(tmp_path / name))
+    argv = ["a red sun", "a moon", "snow", "--model", micro, "--lora", tmp_path / "one"]
+    argv += [tmp_path / "two", "--num_inference_steps", 3, "--device", "cpu"]
+    code, _, err = command("sample.py", *argv, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(os.listdir(tmp_path / "out")) == ["grid.png", "one", "two"]
+    files = [f"{p:03d}_seed0.png" for p in range(3)]
+    assert sorted(os.listdir(tmp_path / "out/two")) == files
+    grid = Image.open(tmp_path / "out/grid.png")
+    assert 3 * 128 < grid.size[0] < 4 * 128 and 3 * 150 < grid.size[1] < 4 * 150
+    # the last picture of the last row is the second model's third
+    (expected,) = generate(pipe, ["snow"], [0], num_steps=3)
+    cell = grid.crop((grid.size[0] - 132, grid.size[1] - 132, grid.size[0] - 4, grid.size[1] - 4))
+    shown = cell.resize((48, 48), Image.Resampling.NEAREST)
+    saved = torch.tensor(list(shown.tobytes())).view(48, 48, 3).permute(2, 0, 1)
+    assert (saved - expected * 255).abs().max() <= 1
+    code, _, err = command("sample.py", *argv, "--lora", tmp_path / "one", tmp_path / "one")
+    assert code == 2 and "two of --lora have one name" in err
+
+
 def test_the_command_reads_prompts_from_a_file_too(command, micro, tmp_path):
     (tmp_path / "p.txt").write_text("a moon\n")
     argv = ["a red sun", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--device", "cpu"]
     argv += ["--num_inference_steps", 2, "--model", micro, "--output_dir", tmp_path / "out"]
     code, out, err = command("sample.py", *argv)
     assert code == 0, err
-    assert "2 images" in out
+    assert "2 images of each model" in out
     assert (tmp_path / "out/001_seed1.png").exists()
 
 

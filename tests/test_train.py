@@ -1,5 +1,6 @@
 """The loop: what a step costs and does, what a run leaves behind, and that no kill loses work."""
 
+import csv
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from child import Child
 from conftest import PROMPTS, ROOT
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -279,6 +281,41 @@ def test_a_run_leaves_what_run_py_says(command, small_run, tmp_path):
     assert about["div"] == "js" and about["beta"] == "10.0" and about["seed"] == "0"
 
 
+def test_eval_interval_scores_the_way_and_changes_no_weight(command, small_run, micro, tmp_path):
+    """Its figures are those that evaluate.py writes of the same pictures."""
+    flags = [*small_run, "--num_epochs", 3, "--images_per_prompt", 3]
+    for name, interval in (("a", 2), ("b", 0)):
+        place = ["--eval_interval", interval, "--output_dir", tmp_path / name]
+        code, _, err = command("train.py", *flags, *place)
+        assert code == 0, err
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(os.listdir(tmp_path / "a" / "epochs")) == ["000.safetensors", "002.safetensors"]
+    with safe_open(tmp_path / "a" / "epochs" / "000.safetensors", "pt") as start:
+        assert not start.get_tensor(next(k for k in a if "lora_B" in k)).any()
+    evals = {name: records(tmp_path / name, "eval") for name in "ab"}
+    assert [(r["epoch"], r["step"]) for r in evals["a"]] == [(0, 0), (2, 12), (3, 18)]
+    assert [(r["epoch"], r["step"]) for r in evals["b"]] == [(0, 0), (3, 18)]
+    assert evals["a"][0] == evals["b"][0] and evals["a"][2]["values"] == evals["b"][1]["values"]
+    metrics = ["taste", "prompt following", "rmse", "psnr", "ssim", "fsim"]
+    metrics += ["entropy_1d", "entropy_2d"]
+    # evaluate.py opens the way: the policy of epoch 2
+    held_out = json.loads((tmp_path / "a" / "config.json").read_text())["held_out"]
+    (tmp_path / "held_out.txt").write_text("\n".join(held_out) + "\n")
+    way = [tmp_path / "a" / "epochs" / "002.safetensors", "--model", micro, "--prompts"]
+    way += [tmp_path / "held_out.txt", "--images_per_prompt", 3, "--num_inference_steps", 4]
+    way += ["--judges", "taste", "--metrics", *metrics[2:], "--output_dir", tmp_path / "scored"]
+    code, _, err = command("evaluate.py", *way)
+    assert code == 0, err
+    values = evals["a"][1]["values"]
+    assert [m for m in metrics if m in values] == list(values)
+    with open(tmp_path / "scored" / "summary.csv") as file:
+        theirs = {r["metric"]: r for r in csv.DictReader(file) if r["model"] == "002"}
+    for metric in values:
+        ours = np.nanmean(np.array(values[metric], dtype=float))
+        assert ours == pytest.approx(float(theirs[metric]["mean"]), rel=2e-3), metric
+
+
 def test_evolution_shows_an_epoch_a_frame(tmp_path):
     os.makedirs(tmp_path / "samples")
     for epoch in range(3):
@@ -439,6 +476,7 @@ KILLS = [
     ("KILL", "sample", "step_log_ratios", 3),  # within an optimiser step
     ("INT", "sample", "predict_noise", 3),  # Ctrl-C
     ("KILL", "parts.common", "labelled_grid", 1),  # while an epoch's picture is made
+    ("KILL", "parts.run", "values_per_prompt", 1),  # while the held-out prompts are scored
     ("KILL", "train", "draw_curves", 1),  # when training has ended
 ]
 
@@ -448,9 +486,9 @@ def without_times(records):
 
 
 def test_killed_anywhere_resume_ends_with_the_same_bits(small_run, tmp_path):
-    """The same run killed at seven kinds of moment, each time resumed: bit-identical LoRA, log."""
+    """The same run killed at eight kinds of moment, each time resumed: bit-identical LoRA, log."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    flags = [*small_run, "--output_dir"]
+    flags = [*small_run, "--eval_interval", 1, "--output_dir"]
     assert Child("train.py", *flags, whole).wait()[0] == 0
     for i, kill in enumerate(KILLS):
         resume = ["--resume"] if i else []
@@ -462,8 +500,18 @@ def test_killed_anywhere_resume_ends_with_the_same_bits(small_run, tmp_path):
     code, printed = Child("train.py", "--resume", "--output_dir", folder).wait()
     assert code == 0, printed
     assert same(weights(folder), weights(whole))
-    for kind in ("step", "rollout", "table"):
+    for kind in ("step", "rollout", "eval", "table"):
         assert without_times(records(folder, kind)) == without_times(records(whole, kind))
+
+
+def test_two_processes_do_not_train_in_one_folder(command, small_run, unpainted, tmp_path):
+    (tmp_path / "r").mkdir()
+    flags = [*small_run, "--max_train_steps", 1, "--output_dir", tmp_path / "r"]
+    with FileLock(tmp_path / "r" / "lock"):  # as another process holds it
+        code, _, err = command("train.py", *flags)
+    assert code == 2 and "another process trains in" in err
+    assert sorted(os.listdir(tmp_path / "r")) == ["lock", "samples"]  # nothing was written
+    assert command("train.py", *flags)[0] == 0
 
 
 def test_a_run_may_be_made_longer(command, small_run, unpainted, tmp_path):
