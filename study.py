@@ -41,7 +41,7 @@ from parts import common, stats
 from parts.common import UserError
 from parts.flags import build_parser, check_range
 from parts.run import read_evaluated
-from parts.weights import TOY, find, read_train_json, resolve_model
+from parts.weights import TOY, find, read_config, read_train_json, resolve_model
 
 # What differs between settings: flags of train.py. D: the number of a latent's dimensions, so that
 # for reverse KL `ratios` is `published` without its clamp.
@@ -86,11 +86,9 @@ def main():
         check_digests(specs, read_rows(table))
         todo = unfinished(specs, table)
         hours, gb = TOY_COST if args.own_judge else SD15_COST
-        print(f"{len(specs)} runs of {args.model}, {len(specs) - len(todo)} finished; the others:")
-        print(
-            f"about {hours * len(todo) / args.jobs:.1f} hours, {args.jobs} side by side, ", end=""
-        )
-        print(f"and {gb * len(todo):.1f} GB in {args.output_dir}", flush=True)
+        hours, gb = hours * len(todo) / args.jobs, gb * len(todo)
+        print(f"{len(specs)} runs of {args.model}, {len(specs) - len(todo)} finished. The others:")
+        print(f"about {hours:.1f} hours, --jobs {args.jobs}, {gb:.1f} GB in {args.output_dir}")
         if args.dry_run:
             for spec in todo:
                 print("  python", *command(spec, args.device, args)[1:])
@@ -103,7 +101,7 @@ def main():
     settings = by_setting(read_rows(table))
     if not settings:
         raise UserError(f"no finished run in {table}")
-    missing = [f"{spec.setting} {spec.div} {spec.seed}" for spec in unfinished(specs, table)]
+    missing = [" ".join(spec[:3]) for spec in unfinished(specs, table)]
     note = f"{len(missing)} runs are missing: {', '.join(missing)}.\n" if missing else ""
     text = stats.report(settings, SETTINGS, note)
     common.write_file(f"{args.output_dir}/study.md", text)
@@ -151,16 +149,17 @@ def plan(args):
 
 def where_run(setting, div):
     """(setting, flags) of a run: where f''(1) is 1, a matched setting is its unmatched twin."""
-    flags = SETTINGS[setting]
+    flags, alpha = SETTINGS[setting], div.removeprefix("alpha")
+    name, number = ("alpha", float(alpha)) if alpha != div else (div, None)
     try:
-        name, alpha = ("alpha", float(div[5:])) if div.startswith("alpha") else (div, None)
-        curvature = get_divergence(name, alpha).curvature
+        curvature = get_divergence(name, number).curvature
     except ValueError as error:
         raise UserError(f"--div {div}: {error}") from error
     if curvature == 1:
         flags = flags.replace("--match_curvature", "").strip()
     same = [other for other in SETTINGS if SETTINGS[other] == flags]
-    return (same or [setting])[0], flags
+    of_div = f"--div alpha --alpha {alpha}" if number else f"--div {div}"
+    return (same or [setting])[0], f"{of_div} {flags}".strip()
 
 
 def files_of_a_run():
@@ -192,32 +191,24 @@ def unfinished(specs, table):
 
 
 def folder_of(spec, args):
-    """With the digest in its name, so that no run of other code is gone on with."""
-    return Path(args.output_dir, "runs", f"{spec.setting}-{spec.div}-{spec.seed}-{spec.digest}")
+    """In a folder of its digest, so that no run of other code is gone on with."""
+    return Path(args.output_dir, "runs", spec.digest, f"{spec.setting}-{spec.div}-{spec.seed}")
 
 
 def command(spec, device, args):
+    words = spec.flags.split()
+    if "10/D" in words:
+        folder = TOY if args.model == "toy" else args.model
+        unet = read_config(f"{folder if os.path.isdir(folder) else find(folder)}/unet")
+        dimensions = unet["in_channels"] * unet["sample_size"] ** 2
+        words[words.index("10/D")] = f"{10 / dimensions:.9g}"
+    if "PAIRS" in words:
+        words[words.index("PAIRS")] = args.pairs or f"{args.output_dir}/pairs"
     folder = folder_of(spec, args)
-    div = (
-        ["--div", "alpha", "--alpha", spec.div[5:]] if "alpha" in spec.div else ["--div", spec.div]
-    )
-    flags = spec.flags.replace(
-        "10/D", ten_by_dimensions(args.model) if "10/D" in spec.flags else ""
-    )
-    pairs = args.pairs or f"{args.output_dir}/pairs"
-    flags = [pairs if word == "PAIRS" else word for word in flags.split()]
-    own = ["--model", args.model, "--device", device, "--seed", spec.seed]
-    own += ["--eval_interval", str(args.eval_interval), "--output_dir", str(folder)]
+    words += ["--model", args.model, "--device", device, "--seed", spec.seed]
+    words += ["--eval_interval", str(args.eval_interval), "--output_dir", str(folder)]
     resume = ["--resume"] if (folder / "config.json").exists() else []
-    return [sys.executable, str(HERE / "train.py"), *div, *args.extra, *flags, *own, *resume]
-
-
-def ten_by_dimensions(model):
-    folder = TOY if model == "toy" else model
-    local = os.path.isdir(folder)
-    path = f"{folder}/unet/config.json" if local else find(model, "unet/config.json")
-    config = common.read_json(path, "give a diffusers folder")
-    return f"{10 / (config['in_channels'] * config['sample_size'] ** 2):.9g}"
+    return [sys.executable, str(HERE / "train.py"), *args.extra, *words, *resume]
 
 
 def run_all(todo, table, args):
@@ -234,24 +225,26 @@ def run_all(todo, table, args):
 
     def run(spec):
         device, folder = devices.get(), folder_of(spec, args)
+        folder.parent.mkdir(exist_ok=True)
+        log = Path(f"{folder}.log")
         if folder.exists():
             with FileLock(folder / "lock"):  # a study that was killed leaves trainers behind
                 pass
         # another number of threads gives other last bits
         environment = os.environ | ({} if args.gpus else {"OMP_NUM_THREADS": "1"})
-        with open(f"{folder}.log", "a") as log:
-            options = dict(stdout=log, stderr=log, env=environment)
+        with open(log, "a") as file:
+            options = dict(stdout=file, stderr=file, env=environment)
             code = subprocess.run(command(spec, device, args), **options).returncode
         devices.put(device)
         with writing:
             ended.append(spec)
-            last = Path(f"{folder}.log").read_text().strip().split("\n")[-1]
-            outcome = f"FAILED: {last}" if code else "finished"
-            if not code:
+            outcome = "finished"
+            if code:
+                outcome = "FAILED: " + log.read_text().strip().split("\n")[-1]
+            else:
                 add_rows(spec, folder, table)
             left = (time.time() - begin) / len(ended) * (len(todo) - len(ended)) / 3600
-            where = f"{len(ended)}/{len(todo)} {folder.name}"
-            print(f"{where} {outcome}; about {left:.1f} hours left", flush=True)
+            print(f"{len(ended)}/{len(todo)} {folder.name} {outcome}; {left:.1f} hours left")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, todo))
@@ -306,16 +299,15 @@ def draw(settings, path):
     """A panel a setting: judge against RMSE, a line a run from the original on, a colour a row."""
     from matplotlib.figure import Figure
 
-    figure = Figure((4.2 * len(settings), 4), layout="constrained")
-    colours = {}
+    figure, colours = Figure((4.2 * len(settings), 4), layout="constrained"), {}
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, (setting, runs) in zip(panels, settings.items()):
-        for div, seeds in runs.items():
-            colour = colours.setdefault(div, f"C{len(colours)}")
+        for name, seeds in runs.items():
+            colour = colours.setdefault(name, f"C{len(colours)}")
             for i, metrics in enumerate(seeds.values()):
                 judge = next(iter(metrics))
                 x, y = ([np.nanmean(v) for v in metrics[m].values()] for m in ("rmse", judge))
-                axes.plot(x, y, ".-", color=colour, lw=1, label=None if i else div)
+                axes.plot(x, y, ".-", color=colour, lw=1, label=None if i else name)
         axes.set(title=setting, xlabel="RMSE between images of a prompt (diversity)", ylabel=judge)
         axes.legend()
     common.save_figure(figure, path)

@@ -336,7 +336,7 @@ def before_after_table(before, after, count):
             mean, error = values.mean(), math.nan
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
-            spread = f" +- {error:#.2g}" if len(values) > 1 else ""
+            spread = f" +- {error:#.3g}" if len(values) > 1 else ""
             cells.append(f"{mean:{sign}#.4g}{spread}")
             means.append(float(mean))
         rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])

@@ -37,6 +37,8 @@ def interval(values, level=0.95):
     """Student's t interval of the mean of n values, and the p of "the mean is 0"; NaN if n < 2."""
     if len(values) < 2:
         return Interval(np.mean(values), math.nan, math.nan, math.nan)
+    if np.ptp(values) == 0:
+        return Interval(*[values[0]] * 3, float(values[0] == 0))
     test = stats.ttest_1samp(values, 0)
     return Interval(np.mean(values), *test.confidence_interval(level), test.pvalue)
 
