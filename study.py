@@ -63,7 +63,7 @@ TOY_PLAN = [
 PAPER_PLAN = [(("published",), PAPER, range(3))]
 # Hours and GB a run. The toy: one core of two that are busy. SD1.5, counted and not measured: the
 # rollouts and training of 40,000 prompts at 150 TFLOP/s, and 1,600 pictures for evaluate.py.
-TOY_COST, SD15_COST = (0.1, 0.002), (28, 0.9)
+TOY_COST, SD15_COST = (0.1, 0.002), (26, 0.9)
 FLAGS = {
     "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
     "pairs": (None, None, "of the setting pairs; the toy's are made here"),

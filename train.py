@@ -47,7 +47,7 @@ from parts.judges import JUDGES, load_judge
 from parts.model import Policy, load_pipeline
 from parts.pairs import hold_out_captions, open_pairs
 from parts.ranks import World
-from parts.run import Run, draw_curves, environment, save_pictures
+from parts.run import Run, draw_curves, environment, read_evaluated, save_pictures
 from parts.weights import find_training_prompts
 from sample import collect_pairs, join_pairs, paint
 
@@ -272,7 +272,7 @@ def paint_with_bar(args, pipe, prompts, count, title):
 
 def final_table(args, pipe, policy, judge, prompts, run, epoch):
     """table.md: held-out prompts under the reference and under the policy."""
-    evaluated = run.evaluated()
+    evaluated = read_evaluated(args.output_dir)
     if 0 not in evaluated:
         with policy.reference():
             evaluate(args, pipe, judge, prompts, run, 0)

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,8 +103,7 @@ class Run:
             self.export(policy)
             os.makedirs(os.path.join(self.folder, "epochs"), exist_ok=True)
             path = os.path.join(self.folder, "epochs", f"{epoch:03d}.safetensors")
-            with open(policy_file(self.folder), "rb") as source:
-                write_file(path, lambda file: shutil.copyfileobj(source, file))
+            write_file(path, Path(policy_file(self.folder)).read_bytes())
 
     def load(self, policy, opt, scaler):
         try:
@@ -164,12 +164,9 @@ class Run:
         values = values_per_prompt(judge, prompts, images)
         self.log("eval", epoch=epoch, **start, values=values)
 
-    def evaluated(self):
-        return read_evaluated(self.folder)
-
     def save_table(self, count):
         """table.md, printed: the first and the last epoch of those evaluated, count images each."""
-        evaluated = self.evaluated()
+        evaluated = read_evaluated(self.folder)
         first, last = evaluated[min(evaluated)], evaluated[max(evaluated)]
         table, changes = before_after_table(first, last, count)
         write_file(os.path.join(self.folder, "table.md"), table)
@@ -262,7 +259,7 @@ def running_mean(values, width=9):
 
 def draw_curves(folder):
     """curves.png: whether the judge (with --pairs the margin) rose, what the loss did, and the
-    held-out prompts: is there more of what the judge likes, and less diversity?"""
+    judge's mean over the held-out prompts."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")  # no window, even where there is a screen
@@ -280,16 +277,10 @@ def draw_curves(folder):
     axes[1].axhline(math.log(2), ls=":", color="black", lw=1)  # where the policy is the reference
     axes[2].axhline(0.5, ls=":", color="black", lw=1)  # where the pairs' order is a guess
     evaluated = read_evaluated(folder)
-    metrics = next(iter(evaluated.values()))
-    axes[4].set(title="held-out prompts", xlabel="epoch")
-    for ax, metric, color in (
-        (axes[4], next(iter(metrics)), "#2166ac"),
-        (axes[4].twinx(), "rmse", "#b2182b"),
-    ):
-        if metric in metrics:
-            means = [np.nanmean(np.array(v[metric], dtype=float)) for v in evaluated.values()]
-            ax.plot(evaluated.keys(), means, "o-", color=color)
-            ax.set_ylabel(metric, color=color)
+    metric = next(iter(evaluated[0]))
+    means = [np.nanmean(np.array(values[metric], dtype=float)) for values in evaluated.values()]
+    axes[4].plot(evaluated.keys(), means, "o-", color="#2166ac")
+    axes[4].set(title=f"held-out prompts: {metric}", xlabel="epoch")
     common.save_figure(figure, os.path.join(folder, "curves.png"))
 
 
