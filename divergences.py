@@ -48,6 +48,17 @@ class Divergence:
     d2f: Elementwise  # f''(X) > 0
     reward: Elementwise  # f'(e^u) - f'(1): f' of u, 0 at u = 0; exact in fp32 for |u| <= 80
 
+    df_inf: float = None  # f'(inf), constants as in Table 1; found numerically where left out
+
+    @property
+    def limit(self):
+        """f'(inf) - f'(1), where reward ends; inf where it does not."""
+        one, far = torch.ones(1, dtype=torch.float64), torch.tensor([350.0, 700.0]).double()
+        if self.df_inf is not None:
+            return self.df_inf - self.df(one).item()
+        before, after = self.reward(far).tolist()
+        return after if after - before < 1e-6 else math.inf
+
     @property
     def curvature(self):
         """f''(1), a float."""
@@ -65,6 +76,7 @@ def rkl():
         df=lambda x: x.log() + 1,
         d2f=lambda x: 1 / x,
         reward=lambda u: u,
+        df_inf=math.inf,
     )
 
 
@@ -75,6 +87,7 @@ def fkl():
         df=lambda x: -1 / x,
         d2f=lambda x: x**-2,
         reward=lambda u: -torch.expm1(-u),
+        df_inf=0.0,
     )
 
 
@@ -85,6 +98,7 @@ def alpha_divergence(a):
         df=lambda x: (1 - x**-a) / a,
         d2f=lambda x: x ** -(1 + a),
         reward=lambda u: -torch.expm1(-a * u) / a,
+        df_inf=1 / a,
     )
 
 
@@ -101,6 +115,7 @@ def js():
         df=lambda x: (2 * x / (1 + x)).log(),
         d2f=lambda x: 1 / (x * (1 + x)),
         reward=reward,
+        df_inf=math.log(2),
     )
 
 
@@ -111,6 +126,7 @@ def jeffreys():
         df=lambda x: x.log() + 1 - 1 / x,
         d2f=lambda x: 1 / x + x**-2,
         reward=lambda u: u - torch.expm1(-u),
+        df_inf=math.inf,
     )
 
 
@@ -121,6 +137,7 @@ def chi2kl():
         df=lambda x: x + x.log(),
         d2f=lambda x: 1 + 1 / x,
         reward=lambda u: u + torch.expm1(u),
+        df_inf=math.inf,
     )
 
 

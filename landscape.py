@@ -12,6 +12,8 @@ It writes to --output_dir (out/landscape), the numbers of each picture beside it
                  checked on a grid, and the count is printed
     smoothness   no picture, a table: the largest gradient norm and the largest eigenvalue of the
                  Hessian of each surface. Is Jensen-Shannon the smoothest, as the paper says?
+    optimum      theorem 1's optimum of each row: at one expected reward over a line of pictures; of
+                 an item that the reference hardly knows; and what gradient steps on eq. 5 reach
     runs         with --runs: the path of each run on the contours of its own surface
 
 A divergence of your own, a line in divergences.TABLE, appears everywhere by its name. All
@@ -25,11 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import optimize
 
 from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
 from parts.common import UserError, make_folder, markdown, run_cli, save_figure, write_csv
 from parts.flags import build_parser, check_range
+from parts.optimum import critical_beta, optimal_policy
 from parts.run import read_log, running_mean
 
 PAPER = ("rkl", "alpha", "fkl", "js")  # the rows of the paper's tables
@@ -54,6 +58,7 @@ def main():
     with matplotlib.rc_context({"font.size": 7}):
         draw_figure2(divs, args.beta, args.output_dir)
         draw_theorem4(divs, args.output_dir)
+        draw_optimum(divs, args.output_dir)
         if runs:
             draw_runs(runs, args.output_dir)
     print(smoothness(divs, args.beta, args.output_dir))
@@ -174,6 +179,96 @@ def check_theorem4():
         count = f"{held:,} of {margins.numel():,} hold, the closest by {margins.min():.1g}"
         lines.append(f"Theorem 4, {chain}: {count}")
     return "\n".join(lines)
+
+
+# ---- Theorems 1 and 2 ----------------------------------------------------------------------------
+
+
+def draw_optimum(divs, folder):
+    """(a) p* over a line at E[r] = 2; (b) the best item's share of p* against its share of p_ref;
+    (c) the same share under Adam on eq. 5, where p_ref gives it 1e-4."""
+    figure = new_figure(2.9)
+    line, share, steps = figure.subplots(1, 3)
+    x, p_ref, reward = a_line_of_pictures()
+    line.semilogy(x, p_ref, color="0.8", lw=4, label="reference")
+    rare = np.geomspace(0.1, 1e-12, 45).tolist()
+    criticals = [critical_beta(*eight_items(1e-4), div) for div in divs]
+    beta = 0.8 * min([c for c in criticals if c], default=0.5)
+    figures, shares, paths = [], [], []
+    for div, path in zip(divs, train_eight_items(beta, divs)):
+        log_x, found = at_expected_reward(2.0, p_ref, reward, div)
+        p = p_ref * log_x.exp()
+        kl, reverse = (p * log_x).sum(), -(p_ref * log_x).sum()
+        entropy = torch.special.entr(p).sum()
+        figures.append([div.name, (p @ reward).item(), found, kl.item(), reverse.item()])
+        figures[-1] += [entropy.item(), log_x.min().exp().item(), log_x.max().exp().item()]
+        (curve,) = line.semilogy(x, p, label=div.name)
+        optima = [best_share(optimal_policy(*eight_items(q), beta, div)[0], q) for q in rare]
+        share.loglog(rare, optima)
+        steps.semilogy(path, color=curve.get_color())
+        end = best_share(optimal_policy(*eight_items(1e-4), beta, div)[0], 1e-4)
+        steps.axhline(end, color=curve.get_color(), ls=":")
+        shares += [(div.name, *row) for row in zip(rare, optima)]
+        paths += [(div.name, i, s, end) for i, s in enumerate(path) if i % 20 == 0]
+    title = "(a) optima $p^*$ of equal $E[r]$ = 2"
+    line.set(ylim=(1e-9, 1), xlabel="picture $x$; reward 0.65 $x$", title=title)
+    title = rf"(b) its share of $p^*$, $\beta$ = {beta:.2g}"
+    share.set(xlabel="$p_{ref}$ of the best item", title=title)
+    title = "(c) the same in training; dotted: $p^*$"
+    steps.set(xlabel="Adam steps on eq. 5, from $p_{ref}$ = 1e-4", title=title)
+    figure.legend(loc="outside lower center", ncols=6)
+    header = "divergence expected_reward beta KL_p_ref KL_ref_p entropy least_X largest_X"
+    save(folder, "optimum", header, figures, figure)
+    save(folder, "optimum_share", "divergence p_ref share", shares)
+    save(folder, "optimum_steps", "divergence step share optimum", paths)
+
+
+def a_line_of_pictures():
+    """(x, p_ref, reward), (601,): four kinds of pictures, and a reward that rises to the edge."""
+    x = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    means = torch.tensor([-4.0, -1.5, 1.0, 3.5])
+    density = torch.exp(-2 * (x[:, None] - means) ** 2).sum(1)  # standard deviation 1/2
+    return x, density / density.sum(), 0.65 * x
+
+
+def at_expected_reward(target, p_ref, reward, div):
+    """(log X, beta) of the optimum whose E[r] is that."""
+
+    def excess(log_beta):
+        log_x, _ = optimal_policy(p_ref, reward, math.exp(log_beta), div)
+        return (p_ref * log_x.exp() @ reward).item() - target
+
+    beta = math.exp(optimize.brentq(excess, -5, 5))
+    return optimal_policy(p_ref, reward, beta, div)[0], beta
+
+
+def eight_items(rare):
+    """(p_ref, reward): rewards 0 to 1 in equal steps, and p_ref of the best is `rare`."""
+    others = torch.full((7,), (1 - rare) / 7, dtype=torch.float64)
+    return torch.cat([others, others.new_tensor([rare])]), torch.linspace(0, 1, 8).double()
+
+
+def best_share(log_x, rare):
+    return rare * math.exp(log_x[-1])
+
+
+def train_eight_items(beta, divs, steps=4000):
+    """The best item's share after each step of Adam on eq. 5, (rows, steps): all pairs, labels in
+    expectation; the rows' losses are summed, and each moves its own logits alone."""
+    p_ref, reward = eight_items(1e-4)
+    wins = torch.sigmoid(reward[:, None] - reward) / 64
+    logits = p_ref.log().repeat(len(divs), 1).requires_grad_()
+    opt, shares = torch.optim.Adam([logits], lr=0.01), []
+    for _ in range(steps):
+        log_p = torch.log_softmax(logits, 1)
+        shares.append(log_p[:, -1].exp().tolist())
+        values = [div.reward(u) for div, u in zip(divs, log_p - p_ref.log())]
+        margins = beta * torch.stack([value[:, None] - value for value in values])
+        loss = -(wins * torch.nn.functional.logsigmoid(margins)).sum()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return zip(*shares)
 
 
 # ---- Smoothness ----------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_divergences_are_chosen_in_the_order_asked_for():
 # ---- what the command writes
 
 
-@pytest.mark.parametrize("name", ("figure2", "theorem4", "runs"))
+@pytest.mark.parametrize("name", ("figure2", "theorem4", "optimum", "runs"))
 def test_every_figure_is_a_page_wide_and_not_empty(drawn, name):
     with Image.open(drawn[0] / f"{name}.png") as image:
         pixels = np.asarray(image.convert("L"))
@@ -217,7 +217,8 @@ def test_every_figure_is_a_page_wide_and_not_empty(drawn, name):
 
 def test_every_divergence_is_everywhere_by_its_name(drawn):
     names = {*DIVS, "own"}
-    for name in ("figure2", "figure2_gradient", "theorem4", "smoothness"):
+    pictures = ("figure2", "figure2_gradient", "theorem4", "smoothness", "optimum")
+    for name in (*pictures, "optimum_share", "optimum_steps"):
         assert set(pd.read_csv(drawn[0] / f"{name}.csv")["divergence"]) == names, name
     _, printed, figures = drawn
     titles = {ax.get_title() for ax in figures["figure2"].axes}
@@ -266,6 +267,28 @@ def test_the_csvs_hold_what_loss_and_autograd_say(drawn):
         x1, r, ratio = columns(table, "X_1", "r", "ratio")
         torch.testing.assert_close(ratio, gradient_ratio(x1, r * x1, divs[name]), **close)
         assert set(r[x1 != 1].tolist()) == {0.5} and x1.max() > 99 and r.max() > 0.99
+
+
+def test_the_optimum_in_numbers(drawn):
+    """Reverse KL's is written out; a rare best item keeps its share where f'(inf) is finite."""
+    table = pd.read_csv(drawn[0] / "optimum.csv").set_index("divergence")
+    assert np.allclose(table["expected_reward"], 2)
+    _, p_ref, reward = landscape.a_line_of_pictures()
+    beta = table["beta"]["rkl"]
+    log_z = torch.logsumexp(p_ref.log() + reward / beta, 0).item()
+    assert table["KL_p_ref"]["rkl"] == pytest.approx(2 / beta - log_z, rel=1e-9)
+    largest = math.exp(reward.max().item() / beta - log_z)
+    assert table["largest_X"]["rkl"] == pytest.approx(largest, rel=1e-9)
+    shares = pd.read_csv(drawn[0] / "optimum_share.csv")
+    ends = pd.read_csv(drawn[0] / "optimum_steps.csv").groupby("divergence").last()
+    for name, of_row in shares.groupby("divergence"):
+        rarest = of_row.loc[of_row["p_ref"].idxmin()]
+        keeps = math.isfinite((DIVS | {"own": own()})[name].limit)
+        assert rarest["p_ref"] == pytest.approx(1e-12)
+        assert rarest["share"] > 0.5 if keeps else rarest["share"] < 1e-8
+        # training arrives where f' does not saturate, and is far from there where it does
+        arrived = ends["share"][name] / ends["optimum"][name]
+        assert arrived < 0.7 if keeps else 0.9 < arrived < 1.1
 
 
 def test_the_verdict_follows_the_numbers(drawn):

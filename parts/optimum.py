@@ -1,0 +1,144 @@
+"""What alignment aims at: the optimum of eq. 2 (theorem 1), and where its mass condenses.
+
+    max over p: E_p[r] - beta D_f(p || p_ref), sum p = 1         p* = p_ref X,
+    X = (f')^{-1}((r - lambda) / beta), lambda such that p* sums to 1                 (eq. 3, 4)
+
+Every row has f'(0+) = -inf: no item loses all its mass. f'(inf) splits them. Where it is infinite
+(rkl, jeffreys, chi2kl) a large X costs ever more reward, and an item that p_ref hardly knows stays
+rare. Where it is finite (fkl 0, alpha 1/a, js log 2) any X is had at a bounded price: below a
+critical beta the best item keeps a share of p*, however rare it was. All in float64.
+"""
+
+import math
+
+import torch
+from scipy import optimize
+
+
+def optimal_policy(p_ref, reward, beta, div):
+    """Theorem 1 on a finite set: (log X, lambda); p_ref, reward, log X (N,), p* = p_ref X.
+
+    log X, since p* underflows at small beta; lambda with Table 1's constants in f'. Raises
+    ValueError where theorem 1 does not hold, or a distribution is none.
+    """
+    p_ref, reward = check(p_ref, reward, div)
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a positive number, got {beta}")
+    gap = (reward - reward.max()) / beta  # f'(X) of an item less that of the best, (N,)
+    best = gap == 0
+    # Solved for v = log X of the best, not for lambda: where f' saturates, lambda is its limit to
+    # the last bit while v may still be anything up to `high`, where the best hold all the mass.
+    low, high = 0.0, -p_ref[best].sum().log().item()
+    v, u, step = high, None, high
+    for _ in range(200):
+        f_of_v, slope_of_v = value_and_slope(div, torch.tensor([v], dtype=torch.float64))
+        # u = log X of all items, (N,); from the last v on along its derivative
+        u = inverse(div, f_of_v + gap, v, u)
+        u[best] = v
+        mass = p_ref * u.exp()
+        total = mass.sum().item()
+        if total < 1:
+            low = v
+        else:
+            high = v
+        moves = slope_of_v / value_and_slope(div, u)[1]  # du / dv
+        rate = (mass * moves).sum().item() / total
+        # Newton's step on log total, or half the bracket where that would leave it or creeps
+        creeps = abs(2 * math.log(total)) > abs(step * rate)
+        new = v - math.log(total) / rate
+        if creeps or not low <= new <= high:
+            new = (low + high) / 2
+        step = new - v
+        if abs(new - v) <= 1e-15 * max(1, v):
+            break
+        u, v = u + moves * (new - v), new
+    # what v cannot resolve in its last bit
+    u = u - math.log(total)
+    f_at_1 = div.df(torch.ones(1, dtype=torch.float64)).item()
+    return u, reward.max().item() - beta * (f_of_v.item() + f_at_1)
+
+
+def critical_beta(p_ref, reward, div):
+    """The beta below which the best items keep a share of p*, as p_ref of them tends to 0.
+
+    That share is max(0, 1 - E[X]), X = (f')^{-1}(f'(inf) - D / beta), D what an item lacks to the
+    best, E over the others under p_ref. None where f'(inf) is infinite. Raises ValueError.
+    """
+    p_ref, reward = check(p_ref, reward, div)
+    lack = reward.max() - reward
+    others = lack > 0
+    if not others.any():
+        raise ValueError("all rewards are equal: no item is the best")
+    limit = div.limit
+    if math.isinf(limit):
+        return None
+    lack, weight = lack[others], p_ref[others] / p_ref[others].sum()
+
+    def excess(log_beta):
+        u = inverse(div, limit - lack / math.exp(log_beta), 700.0)
+        return torch.logsumexp(u + weight.log(), 0).item()
+
+    low = high = math.log(lack.mean().item())
+    while excess(low) > 0:
+        low -= 1
+    while excess(high) < 0:
+        high += 1
+    return math.exp(optimize.brentq(excess, low, high, xtol=1e-14))
+
+
+def check(p_ref, reward, div):
+    p_ref = torch.as_tensor(p_ref, dtype=torch.float64)
+    reward = torch.as_tensor(reward, dtype=torch.float64)
+    if p_ref.shape != reward.shape or p_ref.ndim != 1:
+        raise ValueError(f"p_ref {tuple(p_ref.shape)} and reward {tuple(reward.shape)} differ")
+    if not reward.isfinite().all():
+        raise ValueError("a reward is not finite")
+    if not (p_ref > 0).all() or abs(p_ref.sum().item() - 1) > 1e-6:
+        raise ValueError("p_ref must be positive everywhere and sum to 1")
+    far = div.reward(torch.tensor([-350.0, -700.0], dtype=torch.float64))
+    if far[0] - far[1] < 1e-6:
+        raise ValueError(f"{div.name}: f'(0+) is finite, and theorem 1 does not hold")
+    return p_ref, reward
+
+
+def value_and_slope(div, u):
+    """f'(e^u) - f'(1) and its derivative in u, of a tensor."""
+    u = u.detach().requires_grad_()
+    value = div.reward(u)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    return value.detach(), slope
+
+
+def inverse(div, target, high, start=None):
+    """u (N,) <= high where f'(e^u) - f'(1) = target, by Newton's method.
+
+    From `start`, or from a table of the function that is fine near `high`.
+    """
+    for begin in (start, None):
+        if begin is None:
+            begin = from_table(div, target, high)
+        u = begin.clamp(max=high)
+        for _ in range(30):
+            value, slope = value_and_slope(div, u)
+            # the slope underflows where f' has saturated: there every u is as good
+            step = torch.where(slope > 0, (value - target) / slope, 0)
+            u = (u - step).clamp(max=high)
+            if (step.abs() <= 1e-14 * (1 + u.abs())).all():
+                return u
+        if start is None:
+            break
+    return u
+
+
+def from_table(div, target, high):
+    """The inverse to a hundredth or so: linear in a table whose steps grow away from `high`."""
+    width = 1.0
+    while div.reward(torch.tensor([high - width], dtype=torch.float64)) > target.min():
+        width *= 2
+    line = torch.linspace(math.log1p(width), 0, 4096, dtype=torch.float64)
+    u = high - torch.expm1(line)
+    values = div.reward(u)
+    after = torch.searchsorted(values, target).clamp(1, len(u) - 1)
+    a, b = values[after - 1], values[after]
+    part = torch.where(b > a, (target - a) / (b - a), 0).clamp(0, 1)
+    return u[after - 1] + part * (u[after] - u[after - 1])
