@@ -29,10 +29,13 @@ def optimal_policy(p_ref, reward, beta, div):
     # Solved for v = log X of the best, not for lambda: where f' saturates, lambda is its limit to
     # the last bit while v may still be anything up to `high`, where the best hold all the mass.
     low, high = 0.0, -p_ref[best].sum().log().item()
+    # and no further than where the worst item, whose X is below 1, would stand at 1
+    if value_and_slope(div, torch.tensor([high]).double())[0] > -gap.min():
+        high = inverse(div, -gap.min()[None], high).item()
     v, u, step = high, None, high
     for _ in range(200):
         f_of_v, slope_of_v = value_and_slope(div, torch.tensor([v], dtype=torch.float64))
-        # u = log X of all items, (N,); from the last v on along its derivative
+        # u = log X of all items, (N,)
         u = inverse(div, f_of_v + gap, v, u)
         u[best] = v
         mass = p_ref * u.exp()
@@ -42,6 +45,7 @@ def optimal_policy(p_ref, reward, beta, div):
         else:
             high = v
         moves = slope_of_v / value_and_slope(div, u)[1]  # du / dv
+        moves[best] = 1  # where f' has saturated, both slopes are 0
         rate = (mass * moves).sum().item() / total
         # Newton's step on log total, or half the bracket where that would leave it or creeps
         creeps = abs(2 * math.log(total)) > abs(step * rate)
@@ -49,13 +53,13 @@ def optimal_policy(p_ref, reward, beta, div):
         if creeps or not low <= new <= high:
             new = (low + high) / 2
         step = new - v
-        if abs(new - v) <= 1e-15 * max(1, v):
+        u, v = u + moves * step, new
+        if abs(step) < 1e-9:  # and so, Newton's steps being quadratic, exact
             break
-        u, v = u + moves * (new - v), new
-    # what v cannot resolve in its last bit
-    u = u - math.log(total)
+    u = u - (p_ref * u.exp()).sum().log()  # what v cannot resolve in its last bit
+    f_of_best, _ = value_and_slope(div, u[best][:1])
     f_at_1 = div.df(torch.ones(1, dtype=torch.float64)).item()
-    return u, reward.max().item() - beta * (f_of_v.item() + f_at_1)
+    return u, reward.max().item() - beta * (f_of_best.item() + f_at_1)
 
 
 def critical_beta(p_ref, reward, div):
@@ -123,7 +127,7 @@ def inverse(div, target, high, start=None):
             # the slope underflows where f' has saturated: there every u is as good
             step = torch.where(slope > 0, (value - target) / slope, 0)
             u = (u - step).clamp(max=high)
-            if (step.abs() <= 1e-14 * (1 + u.abs())).all():
+            if (step.abs() <= 1e-8 * (1 + u.abs())).all():  # Newton's: what is left is its square
                 return u
         if start is None:
             break

@@ -10,6 +10,7 @@ python tests/bench.py --preview madebyollin/taesd --model HUB_ID     how often a
 python tests/bench.py --memory                  what a training step must hold at SD1.5's size:
                                                 counted, so on any machine
 python tests/bench.py --fsim                    FSIM beside the package whose numbers it gives
+python tests/bench.py --optimum                 theorem 1's optimum of a million items, every row
 python tests/bench.py --summary RUN             a run of train.py: its steps' time, peak memory
 python tests/bench.py --save DIR                SD1.5 and its judge with random weights, 5 GB in
                                                 fp16, for train.py --model DIR/sd15 (tests/gpu.sh)
@@ -34,6 +35,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -46,7 +48,7 @@ import random_models
 from timing import Clock, device_name, in_rounds, ratio_text, seconds_of
 
 import sample
-from divergences import get_divergence
+from divergences import TABLE, get_divergence
 from loss import alignment_loss, ddim_mean_std, step_log_ratio
 from parts import diversity
 from parts.common import UserError, pick_device, read_prompts, run_cli
@@ -54,6 +56,7 @@ from parts.fast import load_preview, make_fast
 from parts.judges import load_judge
 from parts.judges_clip import StepAware
 from parts.model import Policy, load_pipeline, predict_noise
+from parts.optimum import optimal_policy
 from parts.run import read_log
 from parts.weights import TOY, find_prompts, read_train_json, resolve_model
 from sample import collect_pairs
@@ -72,6 +75,8 @@ def main():
         summarise(opts.summary)
     elif opts.fsim:
         bench_fsim(opts.repeats)
+    elif opts.optimum:
+        bench_optimum(opts.repeats)
     elif opts.memory:
         random_models.count_memory()
     elif opts.preview:
@@ -99,6 +104,7 @@ def build_parser():
     flag("--weights", help="of --preview: a folder with the judge's weights")
     flag("--memory", action="store_true", help="count what a training step must hold")
     flag("--fsim", action="store_true", help="FSIM against image-similarity-measures")
+    flag("--optimum", action="store_true", help="theorem 1's optimum of a million items")
     flag("--summary", metavar="RUN", help="what a run's log says of time and memory")
     flag("--save", metavar="DIR", help="write SD1.5 and its judge with random weights")
     return parser
@@ -424,6 +430,22 @@ def bench_fsim(rounds, count=4, size=512):
     print(f"the package {package:.2f} s a pair, ours {own:.2f} s a pair")
     ratio = ratio_text(seconds["ours"], seconds["package"])
     print(f"ours takes {ratio} of the package's time; the values differ by {worst:.0e} at most")
+
+
+def bench_optimum(rounds, count=10**6):
+    """Seconds of parts.optimum.optimal_policy; its optima must sum to 1."""
+    for name in TABLE:
+        div = get_divergence(name, 0.4 if name == "alpha" else None)
+        seconds = []
+        for i in range(rounds):
+            generator = torch.Generator().manual_seed(i)
+            p_ref, reward = torch.randn(2, count, dtype=torch.float64, generator=generator)
+            p_ref, beta = torch.softmax(p_ref, 0), 10 ** (-1.5 + 3 * i / max(1, rounds - 1))
+            start = time.perf_counter()
+            log_x, _ = optimal_policy(p_ref, reward, beta, div)
+            seconds.append(time.perf_counter() - start)
+            assert abs((p_ref * log_x.exp()).sum().item() - 1) < 1e-12
+        print(f"{div.name}: median {np.median(seconds):.2f} s, longest {max(seconds):.2f} s")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import timing
 import torch
 from conftest import ROOT
 
+from divergences import TABLE
 from parts import diversity
 from parts.judges_clip import StepAware
 from parts.model import load_pipeline
@@ -119,6 +120,11 @@ def test_memory_grows_with_the_pairs_and_shrinks_with_checkpoints():
     one, two = random_models.held_gb(1, False), random_models.held_gb(2, False)
     assert two == pytest.approx(2 * one, rel=0.02)
     assert random_models.held_gb(1, True) < one / 3
+
+
+def test_optimum(capsys):
+    bench.bench_optimum(rounds=2, count=1000)
+    assert capsys.readouterr().out.count("longest") == len(TABLE)
 
 
 def test_fsim_beside_a_package(capsys, monkeypatch):
