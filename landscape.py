@@ -210,12 +210,12 @@ def draw_optimum(divs, folder):
         steps.axhline(end, color=curve.get_color(), ls=":")
         shares += [(div.name, *row) for row in zip(rare, optima)]
         paths += [(div.name, i, s, end) for i, s in enumerate(path) if i % 20 == 0]
-    title = "(a) optima $p^*$ of equal $E[r]$ = 2"
-    line.set(ylim=(1e-9, 1), xlabel="picture $x$; reward 0.65 $x$", title=title)
-    title = rf"(b) its share of $p^*$, $\beta$ = {beta:.2g}"
-    share.set(xlabel="$p_{ref}$ of the best item", title=title)
-    title = "(c) the same in training; dotted: $p^*$"
-    steps.set(xlabel="Adam steps on eq. 5, from $p_{ref}$ = 1e-4", title=title)
+    line.set(ylim=(1e-9, 1), ylabel="probability", xlabel="picture $x$; its reward is 0.65 $x$")
+    line.set_title("(a) optima $p^*$, all with $E[r]$ = 2")
+    share.set(ylabel="share of the best of 8 items", title="(b) in the optimum")
+    share.set_xlabel(rf"its share of $p_{{ref}}$; $\beta$ = {beta:.2g}")
+    steps.set(title="(c) in training; dotted: optimum")
+    steps.set_xlabel("Adam steps on eq. 5, from $p_{ref}$ = 1e-4")
     figure.legend(loc="outside lower center", ncols=6)
     header = "divergence expected_reward beta KL_p_ref KL_ref_p entropy least_X largest_X"
     save(folder, "optimum", header, figures, figure)
