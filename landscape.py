@@ -27,13 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import optimize
 
 from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
+from parts import optimum
 from parts.common import UserError, make_folder, markdown, run_cli, save_figure, write_csv
 from parts.flags import build_parser, check_range
-from parts.optimum import critical_beta, optimal_policy
 from parts.run import read_log, running_mean
 
 PAPER = ("rkl", "alpha", "fkl", "js")  # the rows of the paper's tables
@@ -192,21 +191,21 @@ def draw_optimum(divs, folder):
     x, p_ref, reward = a_line_of_pictures()
     line.semilogy(x, p_ref, color="0.8", lw=4, label="reference")
     rare = np.geomspace(0.1, 1e-12, 45).tolist()
-    criticals = [critical_beta(*eight_items(1e-4), div) for div in divs]
+    criticals = [optimum.critical_beta(*eight_items(1e-4), div) for div in divs]
     beta = 0.8 * min([c for c in criticals if c], default=0.5)
     figures, shares, paths = [], [], []
-    for div, path in zip(divs, train_eight_items(beta, divs)):
-        log_x, found = at_expected_reward(2.0, p_ref, reward, div)
+    for div, path in zip(divs, optimum.shares_in_training(*eight_items(1e-4), beta, divs)):
+        log_x, found = optimum.at_expected_reward(2.0, p_ref, reward, div)
         p = p_ref * log_x.exp()
         kl, reverse = (p * log_x).sum(), -(p_ref * log_x).sum()
         entropy = torch.special.entr(p).sum()
         figures.append([div.name, (p @ reward).item(), found, kl.item(), reverse.item()])
         figures[-1] += [entropy.item(), log_x.min().exp().item(), log_x.max().exp().item()]
         (curve,) = line.semilogy(x, p, label=div.name)
-        optima = [best_share(optimal_policy(*eight_items(q), beta, div)[0], q) for q in rare]
+        optima = [share_of_the_best(q, beta, div) for q in rare]
         share.loglog(rare, optima)
         steps.semilogy(path, color=curve.get_color())
-        end = best_share(optimal_policy(*eight_items(1e-4), beta, div)[0], 1e-4)
+        end = share_of_the_best(1e-4, beta, div)
         steps.axhline(end, color=curve.get_color(), ls=":")
         shares += [(div.name, *row) for row in zip(rare, optima)]
         paths += [(div.name, i, s, end) for i, s in enumerate(path) if i % 20 == 0]
@@ -231,44 +230,15 @@ def a_line_of_pictures():
     return x, density / density.sum(), 0.65 * x
 
 
-def at_expected_reward(target, p_ref, reward, div):
-    """(log X, beta) of the optimum whose E[r] is that."""
-
-    def excess(log_beta):
-        log_x, _ = optimal_policy(p_ref, reward, math.exp(log_beta), div)
-        return (p_ref * log_x.exp() @ reward).item() - target
-
-    beta = math.exp(optimize.brentq(excess, -5, 5))
-    return optimal_policy(p_ref, reward, beta, div)[0], beta
-
-
 def eight_items(rare):
     """(p_ref, reward): rewards 0 to 1 in equal steps, and p_ref of the best is `rare`."""
     others = torch.full((7,), (1 - rare) / 7, dtype=torch.float64)
     return torch.cat([others, others.new_tensor([rare])]), torch.linspace(0, 1, 8).double()
 
 
-def best_share(log_x, rare):
+def share_of_the_best(rare, beta, div):
+    log_x, _ = optimum.optimal_policy(*eight_items(rare), beta, div)
     return rare * math.exp(log_x[-1])
-
-
-def train_eight_items(beta, divs, steps=4000):
-    """The best item's share after each step of Adam on eq. 5, (rows, steps): all pairs, labels in
-    expectation; the rows' losses are summed, and each moves its own logits alone."""
-    p_ref, reward = eight_items(1e-4)
-    wins = torch.sigmoid(reward[:, None] - reward) / 64
-    logits = p_ref.log().repeat(len(divs), 1).requires_grad_()
-    opt, shares = torch.optim.Adam([logits], lr=0.01), []
-    for _ in range(steps):
-        log_p = torch.log_softmax(logits, 1)
-        shares.append(log_p[:, -1].exp().tolist())
-        values = [div.reward(u) for div, u in zip(divs, log_p - p_ref.log())]
-        margins = beta * torch.stack([value[:, None] - value for value in values])
-        loss = -(wins * torch.nn.functional.logsigmoid(margins)).sum()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    return zip(*shares)
 
 
 # ---- Smoothness ----------------------------------------------------------------------------------

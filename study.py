@@ -101,8 +101,11 @@ def main():
     settings = by_setting(read_rows(table))
     if not settings:
         raise UserError(f"no finished run in {table}")
-    missing = [" ".join(spec[:3]) for spec in unfinished(specs, table)]
-    note = f"{len(missing)} runs are missing: {', '.join(missing)}.\n" if missing else ""
+    missing = defaultdict(list)
+    for spec in unfinished(specs, table):
+        missing[f"{spec.setting} {spec.div}"].append(spec.seed)
+    seeds = ", ".join(f"{row} ({' '.join(seeds)})" for row, seeds in missing.items())
+    note = f"Missing, of {len(specs)} runs, are the seeds {seeds}.\n" if missing else ""
     text = stats.report(settings, SETTINGS, note)
     common.write_file(f"{args.output_dir}/study.md", text)
     draw(settings, f"{args.output_dir}/study.png")
@@ -284,7 +287,7 @@ def by_setting(rows):
     """{setting: {div: {seed: {metric: {epoch: (P,) array}}}}}, from epoch 0 on, the original's; a
     shared run in each of its settings."""
     values = defaultdict(list)
-    for setting, div, seed, epoch, metric, _, value, _ in rows:
+    for setting, div, seed, epoch, metric, _, value, _ in sorted(rows, key=place):
         values[setting, div, seed, metric, int(epoch)].append(float(value))
     settings = {setting: defaultdict(lambda: defaultdict(dict)) for setting in SETTINGS}
     for setting, (home, div, seed, metric, epoch) in itertools.product(SETTINGS, values):

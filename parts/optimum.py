@@ -12,6 +12,7 @@ critical beta the best item keeps a share of p*, however rare it was. All in flo
 import math
 
 import torch
+import torch.nn.functional as F
 from scipy import optimize
 
 
@@ -90,6 +91,38 @@ def critical_beta(p_ref, reward, div):
     return math.exp(optimize.brentq(excess, low, high, xtol=1e-14))
 
 
+def at_expected_reward(target, p_ref, reward, div):
+    """(log X, beta) of the optimum whose expected reward is `target`."""
+
+    def excess(log_beta):
+        log_x, _ = optimal_policy(p_ref, reward, math.exp(log_beta), div)
+        return (p_ref * log_x.exp() @ reward).item() - target
+
+    beta = math.exp(optimize.brentq(excess, -5, 5))
+    return optimal_policy(p_ref, reward, beta, div)[0], beta
+
+
+def shares_in_training(p_ref, reward, beta, divs, steps=4000):
+    """The best item's share after each step of Adam on eq. 5 (theorem 2), (rows, steps).
+
+    All pairs alike, Bradley-Terry's labels in expectation. The rows' losses are summed, and each
+    row moves its own logits alone.
+    """
+    wins = torch.sigmoid(reward[:, None] - reward) / len(reward) ** 2
+    logits = p_ref.log().repeat(len(divs), 1).requires_grad_()
+    opt, shares = torch.optim.Adam([logits], lr=0.01), []
+    for _ in range(steps):
+        log_p = torch.log_softmax(logits, 1)
+        shares.append(log_p[:, reward.argmax()].exp().tolist())
+        values = [div.reward(u) for div, u in zip(divs, log_p - p_ref.log())]
+        margins = beta * torch.stack([value[:, None] - value for value in values])
+        loss = -(wins * F.logsigmoid(margins)).sum()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return zip(*shares)
+
+
 def check(p_ref, reward, div):
     p_ref = torch.as_tensor(p_ref, dtype=torch.float64)
     reward = torch.as_tensor(reward, dtype=torch.float64)
@@ -118,20 +151,15 @@ def inverse(div, target, high, start=None):
 
     From `start`, or from a table of the function that is fine near `high`.
     """
-    for begin in (start, None):
-        if begin is None:
-            begin = from_table(div, target, high)
-        u = begin.clamp(max=high)
-        for _ in range(30):
-            value, slope = value_and_slope(div, u)
-            # the slope underflows where f' has saturated: there every u is as good
-            step = torch.where(slope > 0, (value - target) / slope, 0)
-            u = (u - step).clamp(max=high)
-            if (step.abs() <= 1e-8 * (1 + u.abs())).all():  # Newton's: what is left is its square
-                return u
-        if start is None:
-            break
-    return u
+    u = from_table(div, target, high) if start is None else start.clamp(max=high)
+    for _ in range(30):
+        value, slope = value_and_slope(div, u)
+        # the slope underflows where f' has saturated: there every u is as good
+        step = torch.where(slope > 0, (value - target) / slope, 0)
+        u = (u - step).clamp(max=high)
+        if (step.abs() <= 1e-8 * (1 + u.abs())).all():  # Newton's: what is left is its square
+            return u
+    return u if start is None else inverse(div, target, high)
 
 
 def from_table(div, target, high):

@@ -21,13 +21,15 @@ NAMED = ("matched", "ratios_matched")  # the settings of the four tests named be
 TAIL = """
 RMSE, PSNR and SSIM are one finding, not three. Of Table 2, Aesthetic, PickScore, HPS and
 ImageReward are not tested: a toy has one judge. C7, the smoothest surface: `python landscape.py`
-counts it. Intervals are Student's t over seeds, of 95 % where nothing else is said.
+counts it. Intervals are Student's t over seeds, of 95 % where nothing else is said; where there is
+none, there was one seed, and nothing can be told.
 """
 
 
 class Interval(namedtuple("Interval", "mean low high p")):
     def __str__(self):
-        return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+        around = "" if math.isnan(self.low) else f" [{self.low:+.3g}, {self.high:+.3g}]"
+        return f"{self.mean:+.3g}{around}"
 
     def within(self, margin):
         return -margin < self.low and self.high < margin
@@ -219,7 +221,7 @@ def report(settings, flags, note):
     for setting, o in outcomes.items():
         parts += [f"## {setting}: `train.py {flags[setting]}`\n", ends(o), verdicts(o)]
         parts += [differences(o), at_equal_taste(o, 0.5), at_equal_taste(o, 0.9)]
-    return "\n".join([*parts, TAIL])
+    return "\n".join([*parts, TAIL]).replace("| nan |", "| - |")
 
 
 def named_tests(outcomes):

@@ -256,7 +256,8 @@ def test_report_reads_the_table_alone(command, tmp_path):
     flags = ["--report", "--settings", "published", "--output_dir", tmp_path / "s"]
     code, out, err = command("study.py", *flags)
     assert code == 0, err
-    assert "runs are missing: published alpha0.2 0, " in out and "| rkl | 2 | +" in out
+    assert "of 21 runs, are the seeds published alpha0.2 (0 1 2), published alpha0.6" in out
+    assert "published rkl (2)" in out and "| rkl | 2 | +" in out
     assert (tmp_path / "s" / "study.md").read_text() in out
     assert (tmp_path / "s" / "study.png").stat().st_size > 10_000
 
@@ -332,4 +333,4 @@ def test_a_failed_run_is_said_and_the_others_go_on(command, tiny_study, tmp_path
         file.write("{")
     code, out, _ = command("study.py", "--div", "rkl", "fkl", *tiny_study)
     assert code == 1 and "FAILED: train.py: cannot read" in out and "2/2" in out
-    assert "1 runs are missing: published rkl 0." in out and "| fkl | 1 |" in out
+    assert "Missing, of 2 runs, are the seeds published rkl (0)." in out and "| fkl | 1 |" in out
