@@ -32,7 +32,8 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     Raises UserError for a missing, incomplete, damaged or unsuitable model.
     """
     weights.silence_libraries()
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    import diffusers
+    from transformers import CLIPTextModel
 
     where, _ = weights.resolve_model(model)
     is_folder = os.path.isdir(where)
@@ -45,9 +46,16 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     parts = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
     parts |= dict(requires_safety_checker=False)
     try:
-        config = DDIMScheduler.load_config(where, subfolder="scheduler", local_files_only=offline)
+        place = dict(subfolder="scheduler", local_files_only=offline)
+        config = diffusers.DDIMScheduler.load_config(where, **place)
         parts |= dict(scheduler=weights.ddim_scheduler(config))
-        pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, **options, **parts)
+        classes = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
+        for name, cls in (classes | {"text_encoder": CLIPTextModel}).items():
+            its_dtype = dtype
+            if isinstance(dtype, dict):
+                its_dtype = dtype.get(name, dtype["default"])
+            parts[name] = weights.load_part(cls, where, name, dtype=its_dtype, **options)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(where, **options, **parts)
     except UserError:
         raise
     except Exception as error:  # hub, disk and config errors come as a dozen types

@@ -246,6 +246,21 @@ def check_folder(folder):
             raise UserError(f"{file} is damaged ({error}): copy it again") from error
 
 
+def load_part(cls, where, name, **options):
+    """A part of a model, every tensor of it. The libraries would make up one that is missing, and
+    only warn. Raises UserError, naming the first tensor that is not as it should be."""
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    part, info = cls.from_pretrained(where, subfolder=name, **options)
+    faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
+    for kind, what in faults.items():
+        for tensor in sorted(map(str, info[f"{kind}_keys"])):
+            raise UserError(f"{where}/{name} {what} {tensor}: copy the model again")
+    for tensor, value in part.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{where}/{name}: {tensor} is not finite: copy the model again")
+    return part
+
+
 def ddim_scheduler(config):
     """A DDIM scheduler from any scheduler's config, corrected aloud, or UserError.
 
@@ -254,6 +269,9 @@ def ddim_scheduler(config):
     """
     from diffusers import DDIMScheduler
 
+    kind = config.get("_class_name", "")
+    if "FlowMatch" in kind or "EDM" in kind:  # their noise levels are others
+        raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon" or config.get("rescale_betas_zero_snr"):
         why = f"not {prediction}, nor with zero-SNR"
@@ -271,6 +289,8 @@ def check_shape(pipe, where):
     unet, vae = pipe.unet.config, pipe.vae.config
     if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
+    if unet.time_cond_proj_dim:
+        raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
     if unet.in_channels != vae.latent_channels:
         channels = f"UNet {unet.in_channels} channels, VAE {vae.latent_channels}"
         raise UserError(f"{where!r} is not a text-to-image model: {channels}")

@@ -1,11 +1,14 @@
 """Which model is meant, and its loading: what is corrected aloud, what is refused."""
 
 import json
+import math
 import os
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loss import ddim_mean_std
 from parts.common import UserError
@@ -114,6 +117,51 @@ def test_unsuitable_schedulers_are_refused(micro, tmp_path, wrong, words):
     folder = edited_copy(micro, tmp_path / "m", "scheduler/scheduler_config.json", **wrong)
     with pytest.raises(UserError, match=words):
         load_pipeline(folder)
+
+
+@pytest.mark.parametrize("part", ("unet", "vae", "text_encoder"))
+@pytest.mark.parametrize("fault", ("lacks", "has a surplus", "has a misshapen", "not finite"))
+def test_a_part_that_is_not_whole_is_refused(micro, tmp_path, part, fault):
+    """cases.md 1 and 7: the libraries make a random layer of what is missing, and NaN is loaded."""
+    folder = shutil.copytree(micro, tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    name = sorted(state)[5]
+    if fault == "lacks":
+        del state[name]
+    elif fault == "has a surplus":
+        state["extra.weight"] = torch.zeros(2)
+        name = "extra.weight"
+    elif fault == "has a misshapen":
+        state[name] = torch.zeros(3, 7)
+    else:
+        state[name].view(-1)[0] = math.nan
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{part}:? {re.escape('' if 'not' in fault else fault)}"):
+        load_pipeline(str(folder))
+    with pytest.raises(UserError, match=re.escape(name)):
+        load_pipeline(str(folder))
+
+
+KINDS = ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_another_kind_are_refused(micro, tmp_path, kind):
+    file = "scheduler/scheduler_config.json"
+    with pytest.raises(UserError, match=f"a model of {kind} is not one of"):
+        load_pipeline(edited_copy(micro, tmp_path / "model", file, _class_name=kind))
+
+
+def test_a_distilled_model_is_refused(micro, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = shutil.copytree(micro, tmp_path / "model")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    unet = UNet2DConditionModel.from_config(config | {"time_cond_proj_dim": 8})
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match="is distilled"):
+        load_pipeline(str(folder))
 
 
 def test_parts_may_have_dtypes_of_their_own(micro):
