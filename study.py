@@ -131,6 +131,9 @@ def parse_args():
     args.own_judge = "judge" in read_train_json(where)
     args.gpus = torch.cuda.device_count() if common.pick_device(args.device) == "cuda" else 0
     args.jobs = args.jobs or args.gpus or 2
+    code = [path.read_text() for path in files_of_a_run()]
+    same_for_all = [code, args.model, read_train_json(where), args.eval_interval, args.extra]
+    args.digest = short_hash(same_for_all)
     return args
 
 
@@ -139,13 +142,11 @@ def plan(args):
     blocks = TOY_PLAN if args.model == "toy" else PAPER_PLAN
     if args.settings or args.div or args.seeds:
         blocks = [(args.settings or ["published"], args.div or PAPER, args.seeds or range(3))]
-    code = [path.read_text() for path in files_of_a_run()]
-    shared = [code, args.model, read_train_json(args.model), args.eval_interval]
     specs = {}
     for settings, divs, seeds in blocks:
         for setting, div, seed in itertools.product(settings, divs, seeds):
             home, flags = where_run(setting, div)
-            spec = Spec(home, div, str(seed), flags, short_hash([*shared, flags, args.extra]))
+            spec = Spec(home, div, str(seed), flags, short_hash([args.digest, flags]))
             specs[spec[:3]] = spec
     return sorted(specs.values(), key=lambda spec: int(spec.seed))
 
@@ -245,7 +246,7 @@ def run_all(todo, table, args):
             if code:
                 outcome = "FAILED: " + log.read_text().strip().split("\n")[-1]
             else:
-                add_rows(spec, folder, table)
+                add_rows(spec, folder, table, args.digest)
             left = (time.time() - begin) / len(ended) * (len(todo) - len(ended)) / 3600
             print(f"{len(ended)}/{len(todo)} {folder.name} {outcome}; {left:.1f} hours left")
 
@@ -263,16 +264,18 @@ def read_rows(table):
         return list(csv.reader(file))[1:]
 
 
-def add_rows(spec, folder, table):
+def add_rows(spec, folder, table, digest):
     """A finished run's figures into the table, and those of the original where it has none."""
     rows = read_rows(table)
     there = {tuple(row[:3]) for row in rows}
     for epoch, metrics in read_evaluated(folder).items():
-        key = (spec.setting, spec.div, spec.seed) if epoch else (spec.setting, "original", "")
+        key, stamp = (spec.setting, "original", ""), digest
+        if epoch:
+            key, stamp = spec[:3], spec.digest
         for metric, values in metrics.items():
             for prompt, value in enumerate(values if key not in there else []):
                 value = "nan" if value is None else f"{value:.6g}"
-                rows.append([*key, str(epoch), metric, str(prompt), value, spec.digest])
+                rows.append([*key, str(epoch), metric, str(prompt), value, stamp])
     common.write_csv(table, HEADER, sorted(rows, key=place))
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from parts import weights
+from parts import lora, weights
 from parts.common import UserError, write_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -99,7 +99,8 @@ class LoRALinear(nn.Linear):
 class Policy:
     """p_theta, and p_ref inside the same UNet: no second UNet runs, or lies in memory for a LoRA.
 
-    rank: of a LoRA on every attention projection; full: all weights train, in fp32, and a frozen
+    rank: of a LoRA on every attention projection (or {layer: rank}, for a LoRA that was made
+    elsewhere); full: all weights train, in fp32, and a frozen
     copy of them is the reference. parameters is a list: an iterator would be used up by the
     optimiser, and clip_grad_norm_ would clip nothing (so it was in SPO and LPO).
     """
@@ -116,9 +117,11 @@ class Policy:
         # a list, since the tree changes on the way
         for name, module in list(unet.named_modules()):
             assert not isinstance(module, LoRALinear), "this UNet carries a policy already"
-            if isinstance(module, nn.Linear) and name.endswith(TARGETS):
+            target = name in rank if isinstance(rank, dict) else name.endswith(TARGETS)
+            if isinstance(module, nn.Linear) and target:
                 parent, child = name.rsplit(".", 1)
-                self.layers[name] = LoRALinear(module, rank)
+                its_rank = rank[name] if isinstance(rank, dict) else rank
+                self.layers[name] = LoRALinear(module, its_rank)
                 setattr(unet.get_submodule(parent), child, self.layers[name])  # in place
         self.parameters = [p for m in self.layers.values() for p in (m.lora_A, m.lora_B)]
 
@@ -173,6 +176,7 @@ class Policy:
         # safetensors: header and tensors, no code
         data = save(self.state(), metadata={"format": "pt", **(metadata or {})})
         if not self.full:
+            lora.write_kohya(folder, self.state(), metadata or {})
             return write_file(os.path.join(folder, LORA_FILE), data)
         folder = os.path.join(folder, "unet")
         os.makedirs(folder, exist_ok=True)
@@ -201,11 +205,13 @@ def load_policy(unet, path):
     if file is None:
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
-    ranks = [len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")]
-    full = "conv_in.weight" in state  # a whole UNet
-    if not full and not ranks:
-        raise UserError(f"{file} holds no LoRA in diffusers' names (unet. ... .lora_A.weight)")
-    policy = Policy(unet, full=True) if full else Policy(unet, ranks[0])
+    if "conv_in.weight" in state:  # a whole UNet
+        policy = Policy(unet, full=True)
+    else:
+        layers, state = lora.read_lora(file), {}
+        for name, (A, B) in layers.items():
+            state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
+        policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})
     policy.load_state(state, file)
     # for painting alone: nothing trains
     unet.requires_grad_(False)

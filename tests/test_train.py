@@ -247,7 +247,7 @@ def test_a_finite_loss_with_a_broken_gradient_does_not_reach_the_weights(started
 # ---- a whole run
 
 FILES = {"config.json", "metrics.jsonl", "samples", LORA_FILE, "state.pt", "curves.png", "table.md"}
-FILES |= {"evolution.gif", "lock"}
+FILES |= {"evolution.gif", "lock", "kohya.safetensors"}
 STATS = ("loss", "margin", "accuracy", "log_X_w", "log_X_l", "X_w", "X_l", "clip_fraction")
 
 

@@ -91,7 +91,8 @@ def test_what_a_run_leaves(command, pair_run, tmp_path, flags):
     code, _, err = command("train.py", *pair_run(), *flags, "--output_dir", folder)
     assert code == 0, err
     expected = {"config.json", "metrics.jsonl", "samples", "state.pt", "curves.png", "table.md"}
-    expected |= {"lock", "evolution.gif", "unet" if flags else LORA_FILE}
+    expected |= {"lock", "evolution.gif"}
+    expected |= {"unet"} if flags else {LORA_FILE, "kohya.safetensors"}
     assert set(os.listdir(folder)) == expected
     assert sorted(os.listdir(folder / "samples")) == ["epoch_000.png", "epoch_001.png"]
 
