@@ -194,7 +194,7 @@ def choose_prompts(args, rows):
 def own_prompts(row):
     """Prompts that the policy was not trained on."""
     path = weights.find_prompts(row.model or row.source)
-    prompts = common.read_prompts(path) if path else []
+    prompts = common.read_prompts(path, numbered=not row.model) if path else []
     if row.model:
         count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
         prompts = row.run.get("held_out") or common.hold_out(prompts, count)[1]
@@ -210,12 +210,12 @@ def choose_sampler(args, rows):
 
 def find_images(row, prompts, args):
     """Sets row.files to the first K images of every prompt. If K is 0, the first folder says it."""
-    found, bad = list_images(row.source)
+    found, strange = list_images(row.source)
     count = len(prompts) or max(found) + 1
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.source} has images of {len(found)} prompts, but there are {count}")
     K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
-    row.files = {}
+    row.files, damaged = {}, []
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
@@ -225,10 +225,11 @@ def find_images(row, prompts, args):
                 read_image(path)
                 row.files[p, k] = path
             except UserError:
-                bad.append(path)
-    row.bad_files = len(bad)
-    if bad and not args.skip_bad:
-        raise UserError(f"{len(bad)} files are no whole images P_K.png (--skip_bad), as {bad[0]}")
+                damaged.append(path)
+    row.bad_files = len(strange) + len(damaged)
+    for files, fault in ((strange, "not named P_K.png"), (damaged, "no whole images")):
+        if files and not args.skip_bad:
+            raise UserError(f"{len(files)} files are {fault} (--skip_bad), as {files[0]}")
 
 
 def paint(row, prompts, sampler, args):

@@ -155,47 +155,66 @@ def save_figure(figure, path, dpi=130):
     plt.close(figure)
 
 
-def read_prompts(path):
-    """Prompts of a file: .txt, one a line; .json, a list of strings or of objects with "caption" or
-    "prompt" (SPO's format); .jsonl, such an item a line; .csv with a column of that name.
+PROMPT_COLUMNS = ("caption", "prompt", "prompts", "text")  # whatever their case
 
-    Raises UserError, naming the file and what is wrong with it.
+
+def read_prompts(path, numbered=False):
+    """Prompts of a file: .txt, one a line; .csv, .tsv or .parquet with a column of PROMPT_COLUMNS;
+    .json, a list of strings or of objects with one of those keys; .jsonl, such an item a line.
+
+    numbered: the prompt's place counts, and a blank line is refused. Raises UserError, naming the
+    file and what is wrong with it.
     """
+    kind = os.path.splitext(path)[1].lower()
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Windows' mark in front
-            content = file.read()
+        if kind == ".parquet":
+            from pyarrow.parquet import read_table
+
+            items = read_table(path).to_pylist()
+        else:
+            with open(path, encoding="utf-8-sig", newline="") as file:  # Windows' mark in front
+                content = file.read()
+            if "\0" in content:
+                raise UnicodeError("a zero byte")
+            # at these two alone: str.splitlines ends lines at U+2028, \v and others too
+            items = content.replace("\r\n", "\n").split("\n")
+            if kind == ".json":
+                items = json.loads(content)
+            elif kind == ".jsonl":
+                items = [json.loads(line) for line in items if line.strip()]
+            elif kind in (".csv", ".tsv"):
+                tab = "\t" if kind == ".tsv" else ","
+                items = list(csv.DictReader(io.StringIO(content), delimiter=tab))
+        if not isinstance(items, list):
+            raise TypeError("not a list")
+        prompts = [" ".join(prompt_of(item).split()) for item in items]
+        "".join(prompts).encode()  # half a surrogate pair, which JSON can hold, is no text
     except UnicodeError as error:
-        raise UserError(f"prompts file {path!r} is not text: save it as UTF-8") from error
+        raise UserError(f"prompts file {path!r} is not text ({error}): save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"cannot read prompts file {path!r} ({error.strerror})") from error
-    if "\0" in content:
-        raise UserError(f"prompts file {path!r} is not text: give one prompt a line, in UTF-8")
-    kind = os.path.splitext(path)[1].lower()
-    lines = content.splitlines()
-    try:
-        if kind == ".json":
-            items = json.loads(content)
-            if not isinstance(items, list):
-                raise TypeError("not a list")
-            lines = [prompt_of(item) for item in items]
-        elif kind == ".jsonl":
-            lines = [prompt_of(json.loads(line)) for line in lines if line.strip()]
-        elif kind == ".csv":
-            lines = [prompt_of(row) for row in csv.DictReader(io.StringIO(content))]
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
-        expected = {".json": "a JSON list of strings or of objects", ".csv": "a CSV table"}
-        what = expected.get(kind, "JSON lines, strings or objects")
+    except Exception as error:  # of JSON, csv and pyarrow
+        expected = {".json": "a JSON list of strings or of objects", ".jsonl": "JSON lines"}
+        what = expected.get(kind, f"a {kind} table")
         raise UserError(f"{path!r} is not {what} with caption or prompt ({error})") from error
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
+    while prompts and not prompts[-1]:
+        prompts.pop()
+    if numbered and "" in prompts:
+        line = prompts.index("") + 1
+        raise UserError(f"{path!r}: prompt {line} is blank, and images are numbered by their line")
+    if not any(prompts):
         raise UserError(f"prompts file {path!r} is empty: give one prompt a line")
-    return prompts
+    return [prompt for prompt in prompts if prompt]
 
 
 def prompt_of(item):
-    """A string, or the "caption" or "prompt" of an object. Raises TypeError or KeyError."""
+    """A string, or that of an object with one of PROMPT_COLUMNS. Raises TypeError or KeyError."""
     if isinstance(item, dict):
-        item = item["caption"] if "caption" in item else item["prompt"]
+        cells = {str(column).strip().lower(): cell for column, cell in item.items()}
+        column = next((name for name in PROMPT_COLUMNS if name in cells), None)
+        if column is None:
+            raise KeyError(f"its columns are {', '.join(map(str, item))}")
+        item = cells[column]
     if not isinstance(item, str):
         raise TypeError("a prompt that is no text")
     return item

@@ -1,5 +1,6 @@
 """Image files: found by their names, and read alike by whatever takes a folder of them."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,15 +10,17 @@ from PIL import Image, ImageOps
 
 from parts.common import UserError
 
-# P_K.png, P/K.png or P.png: image K of prompt P
-IMAGE_NAME = re.compile(r"(\d+)(?:[_/](\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
-NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)", re.IGNORECASE)  # may lie beside images
+# image K of prompt P: P_K.png, P/K.png, P.png; sample.py names P_seedK.png, GenEval P/samples/K.png
+PLACE = r"(\d+)(?:(?:_|/|_seed|/samples/)(\d+))?"
+IMAGE_NAME = re.compile(PLACE + r"\.(?:png|jpe?g|webp)", re.IGNORECASE)
+# may lie beside images
+NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)|grid\.png", re.IGNORECASE)
 
 
 def list_images(folder):
     """({p: {k: path}}, other files), images by prompt and number. Raises UserError for twins."""
     root, found, others = Path(folder), {}, []
-    for path in sorted([*root.glob("*"), *root.glob("[0-9]*/*")]):
+    for path in sorted(itertools.chain(*map(root.glob, ("*", "[0-9]*/*", "[0-9]*/samples/*")))):
         match = IMAGE_NAME.fullmatch(path.relative_to(root).as_posix())
         if match:
             p, k = int(match[1]), int(match[2] or 0)
@@ -40,6 +43,8 @@ def read_image(file):
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels, whose range is not known: save 8 bits")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image.info.pop("transparency", None)  # unused, and Pillow would warn about it

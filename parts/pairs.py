@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import uuid
 
 import numpy as np
@@ -140,7 +141,7 @@ def records(path):
     files = [*path.glob("pairs.csv"), *path.glob("pairs.jsonl")]
     if len(files) == 2:
         raise UserError(f"{path} has a pairs.csv and a pairs.jsonl: remove one")
-    for file in files or sorted(path.glob("*.parquet")) or [path]:
+    for file in files or parquet_files(path) or [path]:
         where = file
         try:
             for number, row in enumerate(read_rows(file), 1):
@@ -150,6 +151,18 @@ def records(path):
         except Exception as error:  # of the disk, UTF-8, csv, JSON and pyarrow: a dozen types
             why = f"{where} cannot be read ({first_line(error)}): give {NEEDED}"
             raise UserError(why) from error
+
+
+def parquet_files(path):
+    """Of a data set's folder, or of data/ in it: where there are splits, train-* alone."""
+    files = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    train = [file for file in files if re.match("train[-_.]", file.name)]
+    others = [file for file in files if re.match("(val|dev|test)", file.name)]
+    if others and not train:
+        raise UserError(f"{path} has no train-*.parquet, but {others[0].name}: name one file")
+    if others:
+        print(f"{len(train)} files train-*.parquet; left out: {len(files) - len(train)} others")
+    return train if others else files
 
 
 def read_rows(path):
@@ -173,10 +186,13 @@ def to_record(row, folder):
     caption = " ".join((cells.get("prompt") or cells["caption"]).split())
     caption.encode()  # half a surrogate pair, which JSON can hold, is no text
     images = []
-    for cell in (cells["winner"], cells["loser"]):
+    for name, other in (("winner", "chosen"), ("loser", "rejected")):
+        cell = cells[name] if name in cells else cells[other]
         if isinstance(cell, dict):  # so the hub's Image type writes it
             cell = cell.get("bytes")
-        images.append(folder / cell.strip() if isinstance(cell, str) else cell)
+        if isinstance(cell, str):  # a path, perhaps of Windows
+            cell = folder / cell.strip().replace("\\", "/")
+        images.append(cell)
     label = cells.get("label", "")
     label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
     if not caption or not 0 <= label <= 1:

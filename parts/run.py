@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,10 @@ class Run:
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
+            path = os.path.join(self.folder, "config.json")
+            who = read_json(path, "wait")["process"] if os.path.exists(path) else "another process"
             fix = "wait for it, or take another --output_dir"
-            raise UserError(f"another process trains in {self.folder!r}: {fix}") from error
+            raise UserError(f"{who} trains in {self.folder!r}: {fix}") from error
 
     def check_digest(self):
         saved = read_json(os.path.join(self.folder, "config.json"), "nothing to resume")
@@ -218,7 +221,8 @@ def environment(device):
     commit = None  # where there is no git, or no repository
     if shutil.which("git"):
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {"versions": versions, "git_commit": commit, "device": name}
+    process = f"process {os.getpid()} on {socket.gethostname()}"
+    return {"versions": versions, "git_commit": commit, "device": name, "process": process}
 
 
 def save_pictures(folder, prompts, reference, images, epoch):

@@ -250,7 +250,10 @@ def load_part(cls, where, name, **options):
     """A part of a model, every tensor of it. The libraries would make up one that is missing, and
     only warn. Raises UserError, naming the first tensor that is not as it should be."""
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    part, info = cls.from_pretrained(where, subfolder=name, **options)
+    try:
+        part, info = cls.from_pretrained(where, subfolder=name, **options)
+    except Exception as error:  # a dozen types, which do not name the part
+        raise OSError(f"{name}: {first_line(error)}") from error
     faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
     for kind, what in faults.items():
         for tensor in sorted(map(str, info[f"{kind}_keys"])):

@@ -108,8 +108,8 @@ GOOD = [
     ("p.CSV", 'prompt\na sun\n"a\nmoon"\n'),
 ]
 WRONG = [("p.json", text) for text in ('{"caption": 1', "[3]", '"a sun"', '[{"caption": null}]')]
-WRONG += [("p.json", '{"a sun": 1, "a moon": 2}'), ("p.json", '[{"text": "a"}]')]
-WRONG += [("p.jsonl", '{"prompt": "a sun"\n'), ("p.csv", "text\na sun\n")]
+WRONG += [("p.json", '{"a sun": 1, "a moon": 2}'), ("p.json", '[{"words": "a"}]')]
+WRONG += [("p.jsonl", '{"prompt": "a sun"\n'), ("p.csv", "words\na sun\n")]
 WRONG += [("p.csv", "id,caption\n1\n")]
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -220,9 +221,9 @@ def test_prompts_of_every_format(tmp_path, name, content):
         ("p.json", b'"a sun"', "JSON list"),
         ("p.json", b'[{"caption": null}]', "JSON list"),
         ("p.json", b'{"a sun": 1, "a moon": 2}', "JSON list"),
-        ("p.json", b'[{"text": "a"}]', "JSON list"),
+        ("p.json", b'[{"words": "a"}]', "JSON list"),
         ("p.jsonl", b'{"prompt": "a sun"\n', "with caption or prompt"),
-        ("p.csv", b"text\na sun\n", "with caption or prompt"),
+        ("p.csv", b"words\na sun\n", "with caption or prompt"),
         ("p.csv", b"id,caption\n1\n", "with caption or prompt"),
     ],
 )
@@ -313,3 +314,47 @@ def test_a_figure_is_saved_and_closed(tmp_path):
 def test_prompt_of_prefers_the_caption_as_spos_file_has_it():
     item = json.loads('{"caption": "a", "prompt": "b"}')
     assert common.prompt_of(item) == "a"
+
+
+TABLES = {
+    "prompts.tsv": "Prompt\tCategory\na sun, red\tWorld\na moon\tArts\n",
+    "prompts.csv": 'index, Prompts \n1,"a sun, red"\n2, a moon\n',
+    "prompts.jsonl": '{"TEXT": "a sun, red"}\n{"text": " a moon "}\n',
+    "prompts.json": '[{"Caption": "a sun, red"}, "a moon"]',
+    "prompts.txt": "a sun, red\r\na moon",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_prompts_as_they_come(tmp_path, name):
+    """cases.md 5 and 13: tabs, columns of any case, cells with spaces around them."""
+    (tmp_path / name).write_text(TABLES[name], newline="")
+    assert read_prompts(str(tmp_path / name)) == ["a sun, red", "a moon"]
+
+
+def test_prompts_of_a_parquet_file(tmp_path):
+    pd.DataFrame({"Prompt": ["a sun, red", "a moon"]}).to_parquet(tmp_path / "p.parquet")
+    assert read_prompts(str(tmp_path / "p.parquet")) == ["a sun, red", "a moon"]
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    """datasets#3729: with str.splitlines image P would be scored under another prompt."""
+    odd = ["a\u2028sun", "a\x0bmoon", "a\x85sea", "snow"]
+    (tmp_path / "p.txt").write_text("\n".join(odd) + "\n", encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / "p.txt")) == ["a sun", "a moon", "a sea", "snow"]
+
+
+def test_a_blank_line_is_refused_where_lines_are_numbers(tmp_path):
+    (tmp_path / "p.txt").write_text("a sun\n\na moon\n\n")
+    assert read_prompts(str(tmp_path / "p.txt")) == ["a sun", "a moon"]
+    with pytest.raises(UserError, match="prompt 2 is blank"):
+        read_prompts(str(tmp_path / "p.txt"), numbered=True)
+
+
+def test_the_columns_found_are_shown(tmp_path):
+    (tmp_path / "p.csv").write_text("id,words\n1,a sun\n")
+    with pytest.raises(UserError, match="its columns are id, words"):
+        read_prompts(str(tmp_path / "p.csv"))
+    (tmp_path / "p.json").write_text('["a \\ud800 sun"]')
+    with pytest.raises(UserError, match="is not text"):
+        read_prompts(str(tmp_path / "p.json"))

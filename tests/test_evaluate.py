@@ -574,7 +574,7 @@ def test_skip_bad_scores_the_rest(evaluate_, folder, home):
     (folder / "grid.bmp").write_text("x")
     flags = [folder, "--judges", "taste", "--metrics", "rmse"]
     code, _, err = evaluate_(*flags)
-    assert code == 2 and "2 files are no whole images P_K.png" in err
+    assert code == 2 and "1 files are not named P_K.png" in err
     code, out, err = evaluate_(*flags, "--skip_bad")
     assert code == 0 and "- theirs: 2 bad files skipped" in out, err
     assert len(scores(home, "theirs", "taste")) == 5 and len(scores(home, "theirs", "rmse")) == 2
@@ -616,7 +616,7 @@ def nothing(folder):
 
 BAD = [
     (remove_all, [], "nothing to score"),
-    (lambda f: truncate(f / "1_1.png"), [], "1 files are no whole images P_K.png"),
+    (lambda f: truncate(f / "1_1.png"), [], "1 files are no whole images"),
     (lambda f: (f / "1_1.png").write_text("not an image"), [], "1_1.png"),
     (lambda f: (f / "cat.gif").write_text("x"), [], "cat.gif"),
     (lambda f: save_picture(f / "1_1.png", 1, 1, 30), [], "rmse needs one size"),
