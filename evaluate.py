@@ -37,7 +37,7 @@ from parts.common import UserError
 from parts.flags import build_parser, check_range
 from parts.images import list_images, read_image, to_pixels
 from parts.judges import JUDGES, load_judge
-from parts.model import load_pipeline, load_policy, policy_file
+from parts.model import load_pipeline, load_policy, policy_file, say_cut
 from sample import generate, seed_of
 
 # metric: title and which is better, GB of weights; what the paper prints: docs/paper.csv
@@ -244,6 +244,7 @@ def paint(row, prompts, sampler, args):
         return  # and load nothing
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     pipe = load_pipeline(row.model, args.device, dtype)
+    say_cut(pipe, prompts)
     if row.source != row.model:
         load_policy(pipe.unet, row.source)
     with common.progress_bar(total=len(missing), unit="image", desc=f"painting {row.label}") as bar:
@@ -344,9 +345,6 @@ def measure(name, metric, images, prompt):
         twos = itertools.combinations(values.items(), 2)
         values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
     return {"images": list(values), name: list(values.values())}
-
-
-# ---- Tables --------------------------------------------------------------------------------------
 
 
 def write_tables(rows, output_dir, not_run):

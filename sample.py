@@ -26,6 +26,7 @@ from parts.model import (
     load_pipeline,
     load_policy,
     predict_noise,
+    say_cut,
 )
 from parts.weights import resolve_model
 
@@ -259,6 +260,7 @@ def clear_pairs(parent, children, t, scores, threshold):
 
 
 RANGES = {"num_inference_steps": "[1, 500]", "batch_size": "[1, inf)", "eta": "[0, inf)"}
+RANGES["guidance_scale"] = "(-inf, inf)"  # NaN is refused
 
 
 def build_parser():
@@ -294,6 +296,8 @@ def main():
     print(f"model: {where} ({why}), on {device}")
     gallery = len(args.lora) > 1
     args.seeds = args.seeds or ([0] if gallery else [0, 1, 2, 3, 4, 5])
+    for seed in args.seeds:
+        check_range("seeds", seed, "[0, 18446744073709551616)")  # 64 bits
     each = [prompt for prompt in prompts for _ in args.seeds]
     seeds = args.seeds * len(prompts)  # every prompt with every seed
     names = {os.path.basename(os.path.normpath(run)): run for run in args.lora}
@@ -308,6 +312,8 @@ def main():
         if run:
             load_policy(pipe.unet, run)
         common.make_folder(args.output_dir)  # before anything is painted
+        if not painted:
+            say_cut(pipe, prompts)
         settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
         with common.progress_bar(total=len(each), unit="images", desc=name) as bar:
             images = generate(pipe, each, seeds, *settings, progress=bar.update)

@@ -44,7 +44,7 @@ from parts.common import UserError, hold_out, make_folder, progress_bar, read_pr
 from parts.fast import load_preview, make_fast
 from parts.flags import parse
 from parts.judges import JUDGES, load_judge
-from parts.model import Policy, load_pipeline
+from parts.model import Policy, load_pipeline, say_cut
 from parts.pairs import hold_out_captions, open_pairs
 from parts.ranks import World
 from parts.run import Run, draw_curves, environment, read_evaluated, save_pictures
@@ -92,7 +92,7 @@ FLAGS = {
     "compile": (False, None, "torch.compile UNet, VAE decoder and judge, for fixed batch sizes"),
     "device": ("auto", None, "auto, cpu, cuda, cuda:1"),
     # the run
-    "seed": (0, "[0, inf)", "of everything random"),
+    "seed": (0, "[0, 18446744073709551616)", "of everything random"),
     "max_train_steps": (0, "[0, inf)", "stop after so many optimiser steps; 0: after the epochs"),
     "checkpointing_chunks": (1, "[1, inf)", "rollouts (--pairs: 20 steps) between states"),
     "num_eval_prompts": (32, "[1, inf)", "held out for the table at the end, at most half"),
@@ -305,6 +305,7 @@ def set_up(args, device, world):
         data = open_pairs(args.pairs, pipe, args.cache_dir, args.skip_bad, args.seed, quiet)
         source, held_out = hold_out_captions(data, args.prompts, args.num_eval_prompts)
     else:
+        say_cut(pipe, prompts + held_out)
         source = Rollouts(args, pipe, judge, prompts, world)
     if device.startswith("cuda"):
         for part in (pipe.unet, pipe.vae):  # the layout that half-precision convolutions like best

@@ -35,8 +35,15 @@ class Parser(argparse.ArgumentParser):
 def run_cli(main):
     """Runs a command. Bad input is one line on stderr and exit code 2; Ctrl-C one line and 130."""
     name = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name or a sign that it cannot show stops nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError, SafetensorError) as error:
         if os.environ.get("DEBUG"):  # DEBUG=1 python train.py ...: where it came from
             raise

@@ -55,8 +55,6 @@ def read_lora(path):
             raise UserError(f"{path} holds {name}: only plain LoRA is read here")
         if tensor.ndim != 2:
             raise UserError(f"{path} changes {layer}, a convolution: only linear layers are read")
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} is not finite: train it again")
         layers.setdefault(layer, {})[kind[0]] = tensor
     for layer, both in layers.items():
         for kind in {"A", "B"} - both.keys():

@@ -212,6 +212,9 @@ def load_policy(unet, path):
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
         policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} is not finite: its pictures would be black")
     policy.load_state(state, file)
     # for painting alone: nothing trains
     unet.requires_grad_(False)
@@ -223,6 +226,14 @@ def latent_shape(pipe):
     size = pipe.unet.config.sample_size
     h, w = (size, size) if isinstance(size, int) else size
     return pipe.unet.config.in_channels, h, w
+
+
+def say_cut(pipe, prompts):
+    """Says how many prompts the text encoder will cut: two that begin alike are one to it."""
+    longest = pipe.tokenizer.model_max_length
+    cut = sum(len(pipe.tokenizer(p, verbose=False).input_ids) > longest for p in prompts)
+    if cut:
+        print(f"{cut} of {len(prompts)} prompts have over {longest} tokens, and are cut there")
 
 
 @torch.no_grad()

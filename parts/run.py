@@ -125,6 +125,7 @@ class Run:
             # what was logged after the state is logged again when its chunk is replayed
             size = os.path.getsize(self.log_path)
             os.truncate(self.log_path, min(state["log_bytes"], size))
+            read_log(self.folder, "step")  # or a damaged line would be met when all is done
 
     def log(self, kind, **record):
         """Appends a line to metrics.jsonl."""
@@ -246,8 +247,15 @@ def save_pictures(folder, prompts, reference, images, epoch):
 
 
 def read_log(folder, kind):
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        return [record for record in map(json.loads, file) if record["kind"] == kind]
+    path, records = os.path.join(folder, "metrics.jsonl"), []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:  # JSON's, and UTF-8's
+                fix = "delete that file, and the run goes on without its log"
+                raise UserError(f"{path}, line {number} is damaged ({error}): {fix}") from error
+    return [record for record in records if record["kind"] == kind]
 
 
 def read_evaluated(folder):

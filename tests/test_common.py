@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -358,3 +360,14 @@ def test_the_columns_found_are_shown(tmp_path):
     (tmp_path / "p.json").write_text('["a \\ud800 sun"]')
     with pytest.raises(UserError, match="is not text"):
         read_prompts(str(tmp_path / "p.json"))
+
+
+def test_a_closed_pipe_ends_quietly_and_odd_letters_stop_nothing(tmp_path):
+    """cases.md 15: `| head`, and a stdout that is not UTF-8."""
+    code = "from parts.common import run_cli; run_cli(lambda: print('sun \\u2600\\n' * 50_000))"
+    run = f'{sys.executable} -c "{code}"'
+    options = dict(shell=True, capture_output=True, cwd=ROOT, executable="/bin/bash")
+    done = subprocess.run(f"set -o pipefail; {run} | head -1", **options)
+    assert done.returncode == 141 and done.stderr == b""
+    done = subprocess.run(f"PYTHONIOENCODING=ascii {run}", **options)
+    assert done.returncode == 0 and done.stdout.startswith(b"sun \\u2600") and done.stderr == b""

@@ -20,7 +20,8 @@ from weights import golden
 import evaluate
 import train
 from parts import diversity
-from parts.common import hold_out, to_pil
+from parts.common import UserError, hold_out, to_pil
+from parts.images import list_images, read_image
 from parts.judges import JUDGES
 from parts.model import LORA_FILE, Policy, load_pipeline, load_policy
 from parts.weights import SD15, TOY
@@ -294,6 +295,24 @@ def test_the_papers_rows(evaluate_):
     code, out, _ = evaluate_("--paper")
     assert code == 0 and out.count("| paper: js | ") == 2
     assert out.count("**") == 2 * 14 and "| **5.884 ± 0.514** |" in out
+
+
+def test_images_as_people_name_them(tmp_path):
+    """cases.md 14 and 9: sample.py's own folder, GenEval's; a name is told from damage."""
+    names = "000_seed5.png 00001/samples/0002.png 2_0.jpg 3/1.webp 4.PNG".split()
+    for name in [*names, "grid.png", "000_final.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, strange = list_images(tmp_path)
+    places = {}
+    for p in found:
+        for k, path in found[p].items():
+            places[p, k] = path.relative_to(tmp_path).as_posix()
+    assert places == dict(zip([(0, 5), (1, 2), (2, 0), (3, 1), (4, 0)], names))
+    assert [path.name for path in strange] == ["000_final.png"]
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "5.tif")
+    with pytest.raises(UserError, match="floating-point"):
+        read_image(tmp_path / "5.tif")
 
 
 def test_sd15_is_known_by_its_shape(micro, tmp_path):

@@ -626,3 +626,29 @@ def test_toy_refuses(command, tmp_path, count, message):
     folder = tmp_path if count else tmp_path / "new"
     code, _, err = command("toy.make", "--pairs", folder, "--count", count)
     assert code == 2 and message in err
+
+
+# ---- as people have them (cases.md 6 and 13)
+
+
+def test_train_files_alone_are_read_where_there_are_splits(tmp_path, capsys):
+    for name in ("train-0", "train-1", "validation-0", "test-0"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.parquet").touch()
+    found = pairs.parquet_files(tmp_path)
+    assert [file.name for file in found] == ["train-0.parquet", "train-1.parquet"]
+    assert "left out: 2 others" in capsys.readouterr().out
+    for name in ("train-0", "train-1"):
+        (tmp_path / "data" / f"{name}.parquet").unlink()
+    with pytest.raises(UserError, match="no train-"):
+        pairs.parquet_files(tmp_path)
+    assert pairs.parquet_files(tmp_path / "nowhere") == []
+
+
+def test_chosen_and_rejected_and_windows_paths(pipe, cache, pair_folder, tmp_path):
+    rows = [list(row.values()) for row in read_csv(pair_folder)]
+    shutil.copytree(os.path.join(pair_folder, "images"), tmp_path / "images")
+    for row in rows:
+        row[1:3] = [cell.replace("/", "\\") for cell in row[1:3]]
+    other = write_csv(tmp_path, rows, ("Prompt", "Chosen", "rejected"))
+    assert open_pairs(other, pipe, cache).pairs == open_pairs(pair_folder, pipe, cache).pairs

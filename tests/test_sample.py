@@ -145,6 +145,16 @@ def test_a_gallery_has_a_row_a_model_and_a_column_a_prompt(command, micro, tmp_p
     assert code == 2 and "two of --lora have one name" in err
 
 
+def test_prompts_that_are_cut_are_counted(command, micro, tmp_path):
+    flags = ["--model", micro, "--num_inference_steps", 2, "--seeds", 0, "--device", "cpu"]
+    long = "a red sun over a sea " * 9
+    code, out, err = command("sample.py", long, "a sun", *flags, "--output_dir", tmp_path)
+    assert code == 0, err
+    assert "1 of 2 prompts have over 16 tokens, and are cut there" in out
+    code, out, _ = command("sample.py", "a sun", *flags, "--output_dir", tmp_path)
+    assert code == 0 and "are cut" not in out
+
+
 def test_the_command_reads_prompts_from_a_file_too(command, micro, tmp_path):
     (tmp_path / "p.txt").write_text("a moon\n")
     argv = ["a red sun", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--device", "cpu"]
@@ -163,7 +173,9 @@ def test_the_command_reads_prompts_from_a_file_too(command, micro, tmp_path):
         (["a sun", "--num_inference_steps", 0], "must lie in [1, 500]"),
         (["a sun", "--batch_size", 0], "--batch_size must lie in"),
         (["a sun", "--eta", "nan"], "--eta must lie in"),
+        (["a sun", "--guidance_scale", "nan"], "--guidance_scale must lie in"),
         (["a sun", "--seeds", "x"], "invalid int"),
+        (["a sun", "--seeds", 2**64], "--seeds must lie in"),
         (["a sun", "--prompts", "nowhere.txt"], "cannot read prompts"),
     ],
 )

@@ -514,6 +514,25 @@ def test_two_processes_do_not_train_in_one_folder(command, small_run, unpainted,
     assert command("train.py", *flags)[0] == 0
 
 
+@pytest.mark.parametrize("damage", (b"\xff", b"<html>\n", b'{"kind"; '))
+def test_a_damaged_log_is_one_line_before_any_work(command, small_run, unpainted, tmp_path, damage):
+    """cases.md 15. Without the log the run goes on, to the same weights."""
+    for name in ("whole", "hurt"):
+        place = ["--output_dir", tmp_path / name]
+        assert command("train.py", *small_run, *place)[0] == 0
+    log = tmp_path / "hurt" / "metrics.jsonl"
+    content = log.read_bytes()
+    log.write_bytes(damage + content[len(damage) :])
+    resume = ["--resume", "--num_epochs", 2, "--output_dir"]
+    code, _, err = command("train.py", *resume, tmp_path / "hurt")
+    assert code == 2 and "metrics.jsonl, line 1 is damaged" in err and err.count("\n") == 1
+    log.unlink()
+    for name in ("whole", "hurt"):
+        code, _, err = command("train.py", *resume, tmp_path / name)
+        assert code == 0, err
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "hurt"))
+
+
 def test_a_run_may_be_made_longer(command, small_run, unpainted, tmp_path):
     """Stopped in mid-chunk, resumed to its end, then given another epoch: one run."""
     whole = tmp_path / "whole"
