@@ -51,6 +51,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
         parts |= dict(scheduler=weights.ddim_scheduler(config))
         classes = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
         for name, cls in (classes | {"text_encoder": CLIPTextModel}).items():
+            # each by itself: from_pretrained of the whole would make up a tensor that is missing
             its_dtype = dtype
             if isinstance(dtype, dict):
                 its_dtype = dtype.get(name, dtype["default"])
@@ -117,6 +118,7 @@ class Policy:
         # a list, since the tree changes on the way
         for name, module in list(unet.named_modules()):
             assert not isinstance(module, LoRALinear), "this UNet carries a policy already"
+            # a LoRA made elsewhere says which layers it has, and each layer's rank
             target = name in rank if isinstance(rank, dict) else name.endswith(TARGETS)
             if isinstance(module, nn.Linear) and target:
                 parent, child = name.rsplit(".", 1)
@@ -205,13 +207,16 @@ def load_policy(unet, path):
     if file is None:
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
-    if "conv_in.weight" in state:  # a whole UNet
+    # a LoRA leaves the convolutions alone: with this one the file is a whole UNet
+    if "conv_in.weight" in state:
         policy = Policy(unet, full=True)
     else:
+        # B comes times alpha / rank, so that the layers' own scale is 1 as in training
         layers, state = lora.read_lora(file), {}
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
         policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})
+    # NaN would paint black pictures, and be scored as pictures
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} is not finite: its pictures would be black")

@@ -171,8 +171,11 @@ def read_rows(path):
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
-            for batch in ParquetFile(file).iter_batches(16, columns=["caption", *PICK_A_PIC]):
-                yield from batch.rename_columns(PICK_A_PIC).to_pylist()
+            parquet, columns = ParquetFile(file), ["caption", *PICK_A_PIC]
+            if "chosen" in parquet.schema_arrow.names:  # prompt, chosen, rejected: TRL's
+                columns = None
+            for batch in parquet.iter_batches(16, columns=columns):
+                yield from (batch.rename_columns(PICK_A_PIC) if columns else batch).to_pylist()
         elif path.suffix == ".csv":
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
             yield from csv.DictReader(text, restval="")

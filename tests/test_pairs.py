@@ -652,3 +652,20 @@ def test_chosen_and_rejected_and_windows_paths(pipe, cache, pair_folder, tmp_pat
         row[1:3] = [cell.replace("/", "\\") for cell in row[1:3]]
     other = write_csv(tmp_path, rows, ("Prompt", "Chosen", "rejected"))
     assert open_pairs(other, pipe, cache).pairs == open_pairs(pair_folder, pipe, cache).pairs
+
+
+def test_chosen_and_rejected_in_parquet(pipe, cache, pair_folder, tmp_path):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rows = read_csv(pair_folder)
+
+    def images(column):
+        paths = [os.path.join(pair_folder, row[column]) for row in rows]
+        return [{"bytes": open(path, "rb").read(), "path": None} for path in paths]
+
+    columns = {"prompt": [row["prompt"] for row in rows], "chosen": images("winner")}
+    table = pyarrow.table(columns | {"rejected": images("loser"), "extra": [1] * len(rows)})
+    write_table(table, tmp_path / "train-0.parquet")
+    found = open_pairs(str(tmp_path), pipe, cache)
+    assert found.pairs == open_pairs(pair_folder, pipe, cache).pairs
