@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -68,7 +69,7 @@ FLAGS = {
     "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
     "pairs": (None, None, "of the setting pairs; the toy's are made here"),
     "eval_interval": (3, "[1, inf)", "epochs between figures of the held-out prompts"),
-    "jobs": (0, "[0, inf)", "runs side by side; 0: one a GPU, or two on a CPU"),
+    "jobs": (0, "[0, inf)", "runs side by side; 0: one a GPU, or two of the toy on a CPU"),
     "device": ("auto", None, "auto, cpu, cuda"),
     "dry_run": (False, None, "say what would be run, and stop"),
     "report": (False, None, "tables and figure of what is in runs.csv, no run"),
@@ -88,7 +89,8 @@ def main():
         hours, gb = TOY_COST if args.own_judge else SD15_COST
         hours, gb = hours * len(todo) / args.jobs, gb * len(todo)
         print(f"{len(specs)} runs of {args.model}, {len(specs) - len(todo)} finished. The others:")
-        print(f"about {hours:.1f} hours, --jobs {args.jobs}, {gb:.1f} GB in {args.output_dir}")
+        of = "" if args.own_judge else " of GPUs at 150 TFLOP/s (counted, not measured)"
+        print(f"about {hours:.1f} hours{of}, --jobs {args.jobs}, {gb:.1f} GB in {args.output_dir}")
         if args.dry_run:
             for spec in todo:
                 print("  python", *command(spec, args.device, args)[1:])
@@ -130,7 +132,7 @@ def parse_args():
     args.model = "toy" if where == TOY else where
     args.own_judge = "judge" in read_train_json(where)
     args.gpus = torch.cuda.device_count() if common.pick_device(args.device) == "cuda" else 0
-    args.jobs = args.jobs or args.gpus or 2
+    args.jobs = args.jobs or args.gpus or (2 if args.own_judge else 1)
     code = [path.read_text() for path in files_of_a_run()]
     same_for_all = [code, args.model, read_train_json(where), args.eval_interval, args.extra]
     args.digest = short_hash(same_for_all)
@@ -153,16 +155,15 @@ def plan(args):
 
 def where_run(setting, div):
     """(setting, flags) of a run: where f''(1) is 1, a matched setting is its unmatched twin."""
-    flags, alpha = SETTINGS[setting], div.removeprefix("alpha")
-    name, number = ("alpha", float(alpha)) if alpha != div else (div, None)
+    flags, alpha = SETTINGS[setting], re.fullmatch(r"alpha([\d.]+)", div)
     try:
-        curvature = get_divergence(name, number).curvature
+        row = get_divergence("alpha", float(alpha[1])) if alpha else get_divergence(div)
     except ValueError as error:
         raise UserError(f"--div {div}: {error}") from error
-    if curvature == 1:
+    if row.curvature == 1:
         flags = flags.replace("--match_curvature", "").strip()
     same = [other for other in SETTINGS if SETTINGS[other] == flags]
-    of_div = f"--div alpha --alpha {alpha}" if number else f"--div {div}"
+    of_div = f"--div alpha --alpha {alpha[1]}" if alpha else f"--div {div}"
     return (same or [setting])[0], f"{of_div} {flags}".strip()
 
 

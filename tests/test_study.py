@@ -265,6 +265,8 @@ def test_report_reads_the_table_alone(command, tmp_path):
 BAD = [
     (["--div", "nosuch"], "--div nosuch: unknown divergence"),
     (["--div", "alpha7"], "alpha must lie strictly between 0 and 1"),
+    (["--div", "alpha1.2.3"], "could not convert string to float"),
+    (["--div", "alphabet"], "unknown divergence 'alphabet'"),
     (["--settings", "nosuch"], "invalid choice: 'nosuch'"),
     (["--jobs", "-1"], "--jobs must lie in [0, inf)"),
     (["--report"], "no finished run in"),
