@@ -228,14 +228,19 @@ def load_policy(unet, path):
 
 def latent_shape(pipe):
     """(C, h, w) of one latent: (4, 64, 64) for SD1.5."""
-    size = pipe.unet.config.sample_size
+    size = pipe.unet.config.sample_size or 64  # diffusers' own, where a config says nothing
     h, w = (size, size) if isinstance(size, int) else size
     return pipe.unet.config.in_channels, h, w
 
 
+def text_length(pipe):
+    """Tokens of a text: 77 for SD1.5. Some tokenizers' files do not say it."""
+    return min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+
+
 def say_cut(pipe, prompts):
     """Says how many prompts the text encoder will cut: two that begin alike are one to it."""
-    longest = pipe.tokenizer.model_max_length
+    longest = text_length(pipe)
     cut = sum(len(pipe.tokenizer(p, verbose=False).input_ids) > longest for p in prompts)
     if cut:
         print(f"{cut} of {len(prompts)} prompts have over {longest} tokens, and are cut there")
@@ -244,9 +249,8 @@ def say_cut(pipe, prompts):
 @torch.no_grad()
 def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
-    length = pipe.tokenizer.model_max_length
-    options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids = pipe.tokenizer(list(prompts), **options).input_ids  # (N, 77)
+    options = dict(max_length=text_length(pipe), padding="max_length", truncation=True)
+    ids = pipe.tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # (N, 77)
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from loss import noise_log_ratio
 from parts.common import UserError, hold_out, make_folder, progress_bar, read_prompts
 from parts.images import read_image
-from parts.model import encode_prompts, latent_shape, predict_noise
+from parts.model import encode_prompts, latent_shape, predict_noise, text_length
 from parts.weights import first_line
 
 # what every wrong file is answered with
@@ -47,7 +47,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     Raises UserError for a wrong file, an empty set, and for missing or damaged images: their pairs
     are named once all others are encoded; skip_bad leaves them out instead.
     """
-    folder, longest = latents_folder(cache_dir, pipe), pipe.tokenizer.model_max_length
+    folder, longest = latents_folder(cache_dir, pipe), text_length(pipe)
     pairs, bad, notes = [], [], collections.Counter()
     bar = progress_bar(iterable=records(path), desc="encoding", unit=" pairs", disable=quiet)
     for caption, images, weight, where in bar:

@@ -250,6 +250,9 @@ def load_part(cls, where, name, **options):
     """A part of a model, every tensor of it. The libraries would make up one that is missing, and
     only warn. Raises UserError, naming the first tensor that is not as it should be."""
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    files = [os.path.basename(f) for f in glob.glob(f"{glob.escape(where)}/{name}/*.safetensors")]
+    if files and all(".fp16." in file for file in files):
+        options["variant"] = "fp16"  # a folder that holds nothing else
     try:
         part, info = cls.from_pretrained(where, subfolder=name, **options)
     except Exception as error:  # a dozen types, which do not name the part

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loss import ddim_mean_std
 from parts.common import UserError
-from parts.model import load_pipeline
+from parts.model import encode_prompts, latent_shape, load_pipeline
 from parts.weights import (
     SD15,
     TOY,
@@ -141,6 +141,29 @@ def test_a_part_that_is_not_whole_is_refused(micro, tmp_path, part, fault):
         load_pipeline(str(folder))
     with pytest.raises(UserError, match=re.escape(name)):
         load_pipeline(str(folder))
+
+
+def test_folders_as_people_have_them(micro, tmp_path):
+    """cases.md 12: fp16 files alone, a tokenizer that does not say its length, a UNet that does not
+    say its size."""
+    folder = shutil.copytree(micro, tmp_path / "model")
+    plain = load_pipeline(micro)
+    expected = encode_prompts(plain, ["a red sun " * 20])
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("model_max_length")
+    path.write_text(json.dumps(config))
+    pipe = load_pipeline(str(folder))
+    assert pipe.tokenizer.model_max_length > 10**9
+    assert torch.equal(encode_prompts(pipe, ["a red sun " * 20]), expected)
+    for a, b in zip(pipe.unet.parameters(), plain.unet.parameters()):
+        assert torch.equal(a, b)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
+    assert latent_shape(load_pipeline(str(folder))) == (4, 64, 64)
 
 
 KINDS = ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler")
