@@ -94,7 +94,9 @@ class Row:  # a line of the tables
 def main():
     start, args = time.time(), parse_args()
     if args.paper:
-        return print(make_table(TABLE2, [], "", {}), make_table(TABLE3, [], "", {}), sep="\n")
+        for columns in (TABLE2, TABLE3):
+            print(make_table(columns, [], "", {}))
+        return
     rows = find_rows(args)  # those of models first
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in rows:
@@ -115,9 +117,8 @@ def main():
             not_run[name] = str(error)  # its cells will say so
     write_tables(rows, args.output_dir, not_run)
     print(f"In {args.output_dir}: table2.md, table3.md, summary.csv, tradeoff.png, images, scores")
-    print(
-        f"{time.time() - start:.0f} s, peak memory {common.peak_gb(args.device) or np.nan:.2f} GB"
-    )
+    peak = common.peak_gb(args.device) or np.nan
+    print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")
 
 
 def parse_args():
@@ -423,7 +424,7 @@ def is_sd15(model):
     if not os.path.isdir(model or ""):  # a hub id, or None: images of any model
         return model in (weights.SD15, None)
     unet = common.read_json(f"{model}/unet/config.json", "give a diffusers folder")
-    return (unet["sample_size"], unet["cross_attention_dim"]) == (64, 768)
+    return (unet.get("sample_size", 64), unet.get("cross_attention_dim")) == (64, 768)
 
 
 def draw_tradeoff(path, columns, rows):

@@ -195,12 +195,11 @@ def draw_optimum(divs, folder):
     beta = 0.8 * min([c for c in criticals if c], default=0.5)
     figures, shares, paths = [], [], []
     for div, path in zip(divs, optimum.shares_in_training(*eight_items(1e-4), beta, divs)):
-        log_x, found = optimum.at_expected_reward(2.0, p_ref, reward, div)
+        log_x, its_beta = optimum.at_expected_reward(2.0, p_ref, reward, div)
         p = p_ref * log_x.exp()
-        kl, reverse = (p * log_x).sum(), -(p_ref * log_x).sum()
-        entropy = torch.special.entr(p).sum()
-        figures.append([div.name, (p @ reward).item(), found, kl.item(), reverse.item()])
-        figures[-1] += [entropy.item(), log_x.min().exp().item(), log_x.max().exp().item()]
+        sums = p @ reward, p @ log_x, -p_ref @ log_x, torch.special.entr(p).sum()
+        extremes = log_x.min().exp(), log_x.max().exp()
+        figures.append([div.name, its_beta, *(number.item() for number in (*sums, *extremes))])
         (curve,) = line.semilogy(x, p, label=div.name)
         optima = [share_of_the_best(q, beta, div) for q in rare]
         share.loglog(rare, optima)
@@ -209,14 +208,14 @@ def draw_optimum(divs, folder):
         steps.axhline(end, color=curve.get_color(), ls=":")
         shares += [(div.name, *row) for row in zip(rare, optima)]
         paths += [(div.name, i, s, end) for i, s in enumerate(path) if i % 20 == 0]
-    line.set(ylim=(1e-9, 1), ylabel="probability", xlabel="picture $x$; its reward is 0.65 $x$")
-    line.set_title("(a) optima $p^*$, all with $E[r]$ = 2")
-    share.set(ylabel="share of the best of 8 items", title="(b) in the optimum")
+    line.set(title="(a) optima $p^*$, all with $E[r]$ = 2", ylim=(1e-9, 1))
+    line.set(xlabel="picture $x$; its reward is 0.65 $x$", ylabel="probability")
+    share.set(title="(b) in the optimum", ylabel="share of the best of 8 items")
     share.set_xlabel(rf"its share of $p_{{ref}}$; $\beta$ = {beta:.2g}")
     steps.set(title="(c) in training; dotted: optimum")
     steps.set_xlabel("Adam steps on eq. 5, from $p_{ref}$ = 1e-4")
     figure.legend(loc="outside lower center", ncols=6)
-    header = "divergence expected_reward beta KL_p_ref KL_ref_p entropy least_X largest_X"
+    header = "divergence beta expected_reward KL_p_ref KL_ref_p entropy least_X largest_X"
     save(folder, "optimum", header, figures, figure)
     save(folder, "optimum_share", "divergence p_ref share", shares)
     save(folder, "optimum_steps", "divergence step share optimum", paths)

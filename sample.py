@@ -10,6 +10,7 @@ Writes a PNG per image and a labelled grid to --output_dir.
 Seed k gives the same picture at any batch size. train.py and evaluate.py call the same functions.
 """
 
+import contextlib
 import dataclasses
 import os
 
@@ -304,19 +305,21 @@ def main():
     models = names | {"reference": None}  # which is last, so that a wrong run is found at once
     if len(models) <= len(args.lora):
         raise common.UserError("two of --lora have one name, or one is called reference: rename it")
-    painted = {}  # name -> (P, seeds, 3, H, W), the same noise for all models
+    painted, policy = {}, None  # name -> (P, seeds, 3, H, W), the same noise for all models
+    # painting needs no more than half precision, which CPUs are slow in
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
     for name, run in models.items():
-        # painting needs no more than half precision, which CPUs are slow in
-        half = device.startswith("cuda")
-        pipe = load_pipeline(where, device, torch.float16 if half else torch.float32)
-        if run:
-            load_policy(pipe.unet, run)
+        if run or not painted:  # the reference is in the UNet of the run before it
+            pipe = load_pipeline(where, device, dtype)
+        policy = load_policy(pipe.unet, run) if run else policy
         common.make_folder(args.output_dir)  # before anything is painted
         if not painted:
             say_cut(pipe, prompts)
-        settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
-        with common.progress_bar(total=len(each), unit="images", desc=name) as bar:
-            images = generate(pipe, each, seeds, *settings, progress=bar.update)
+        is_reference = policy is not None and run is None
+        with policy.reference() if is_reference else contextlib.nullcontext():
+            with common.progress_bar(total=len(each), unit="images", desc=name) as bar:
+                images = generate(pipe, each, seeds, *settings, progress=bar.update)
         painted[name] = images.view(len(prompts), len(args.seeds), *images.shape[1:])
     for name in names or models:  # files of the model asked for, its LoRA on
         folder = os.path.join(args.output_dir, name if gallery else "")

@@ -20,6 +20,7 @@ of its own, so that your other work does not change it.
 """
 
 import csv
+import functools
 import hashlib
 import itertools
 import os
@@ -153,6 +154,7 @@ def plan(args):
     return sorted(specs.values(), key=lambda spec: int(spec.seed))
 
 
+@functools.cache
 def where_run(setting, div):
     """(setting, flags) of a run: where f''(1) is 1, a matched setting is its unmatched twin."""
     flags, alpha = SETTINGS[setting], re.fullmatch(r"alpha([\d.]+)", div)
@@ -205,7 +207,7 @@ def command(spec, device, args):
     if "10/D" in words:
         folder = TOY if args.model == "toy" else args.model
         unet = read_config(f"{folder if os.path.isdir(folder) else find(folder)}/unet")
-        dimensions = unet["in_channels"] * unet["sample_size"] ** 2
+        dimensions = unet["in_channels"] * (unet.get("sample_size") or 64) ** 2
         words[words.index("10/D")] = f"{10 / dimensions:.9g}"
     if "PAIRS" in words:
         words[words.index("PAIRS")] = args.pairs or f"{args.output_dir}/pairs"
@@ -237,10 +239,12 @@ def run_all(todo, table, args):
                 pass
         # another number of threads gives other last bits
         environment = os.environ | ({} if args.gpus else {"OMP_NUM_THREADS": "1"})
-        with open(log, "a") as file:
-            options = dict(stdout=file, stderr=file, env=environment)
-            code = subprocess.run(command(spec, device, args), **options).returncode
-        devices.put(device)
+        try:
+            with open(log, "a") as file:
+                options = dict(stdout=file, stderr=file, env=environment)
+                code = subprocess.run(command(spec, device, args), **options).returncode
+        finally:
+            devices.put(device)
         with writing:
             ended.append(spec)
             outcome = "finished"

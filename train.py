@@ -249,13 +249,13 @@ def make_show(args, pipe, policy, judge, held_out, run, world):
         images = paint_with_bar(args, pipe, prompts, 6, "pictures")
         save_pictures(args.output_dir, prompts, reference, images, epoch)
         if args.eval_interval and epoch % args.eval_interval == 0:
-            evaluate(args, pipe, judge, held_out, run, epoch)
+            score_held_out(args, pipe, judge, held_out, run, epoch)
             run.keep(policy, epoch)
 
     return show
 
 
-def evaluate(args, pipe, judge, prompts, run, epoch):
+def score_held_out(args, pipe, judge, prompts, run, epoch):
     """A line of kind eval: held-out prompts under the policy in force, the same seeds always."""
     title = f"held-out prompts, epoch {epoch}"
     images = paint_with_bar(args, pipe, prompts, args.images_per_prompt, title)
@@ -275,9 +275,9 @@ def final_table(args, pipe, policy, judge, prompts, run, epoch):
     evaluated = read_evaluated(args.output_dir)
     if 0 not in evaluated:
         with policy.reference():
-            evaluate(args, pipe, judge, prompts, run, 0)
+            score_held_out(args, pipe, judge, prompts, run, 0)
     if epoch not in evaluated:
-        evaluate(args, pipe, judge, prompts, run, epoch)
+        score_held_out(args, pipe, judge, prompts, run, epoch)
     run.save_table(args.images_per_prompt)
 
 

@@ -260,7 +260,7 @@ def labelled_grid(rows, path, cell=128, captions=None):
     widest_label = max(int(font.getlength(label)) for label, _ in rows)
     width = max(most * (cell + pad) + pad, widest_label + 2 * pad)
     captions = [textwrap.fill(caption, cell // 7) for caption in captions or []]
-    above = 18 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    above = 20 * max((caption.count("\n") + 1 for caption in captions), default=0)
     sheet = Image.new("RGB", (width, above + len(rows) * (height + head + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for j, caption in enumerate(captions):

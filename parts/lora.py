@@ -14,21 +14,22 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from parts.common import UserError, write_file
-from parts.weights import read_json, read_state
+from parts.weights import read_json
 
 KOHYA_FILE = "kohya.safetensors"
 
 
-def read_lora(path):
+def read_lora(path, tensors):
     """{UNet layer: (A (r, in), B (out, r))}, B times alpha / r, so that the layer adds B A x.
 
-    Raises UserError for what a LoRA of linear UNet layers does not hold.
+    tensors: what the file at path holds. Raises UserError for what a LoRA of linear UNet layers
+    does not hold.
     """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     state = {}
-    for name, tensor in read_state(path).items():  # peft's names, which diffusers leaves alone
+    for name, tensor in tensors.items():  # peft's names, which diffusers leaves alone
         name = name.removeprefix("base_model.model.").replace(".default.", ".")
         for part in ("lora_A.", "lora_B."):
             if part in name and not name.startswith(("unet.", "text_encoder.")):
@@ -87,5 +88,4 @@ def write_kohya(folder, state, metadata):
 
     tensors = convert_state_dict_to_kohya(dict(state))
     tensors = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
-    data = save(tensors, metadata={"format": "pt", **metadata})
-    write_file(os.path.join(folder, KOHYA_FILE), data)
+    write_file(os.path.join(folder, KOHYA_FILE), save(tensors, metadata=metadata))

@@ -116,14 +116,16 @@ class Policy:
             self.frozen = [p.detach().clone() for p in self.parameters]  # p_ref
             return
         # a list, since the tree changes on the way
-        for name, module in list(unet.named_modules()):
+        modules = list(unet.named_modules())
+        # a LoRA made elsewhere says which layers it has, and each layer's rank
+        ranks = rank
+        if not isinstance(rank, dict):
+            ranks = {name: rank for name, _ in modules if name.endswith(TARGETS)}
+        for name, module in modules:
             assert not isinstance(module, LoRALinear), "this UNet carries a policy already"
-            # a LoRA made elsewhere says which layers it has, and each layer's rank
-            target = name in rank if isinstance(rank, dict) else name.endswith(TARGETS)
-            if isinstance(module, nn.Linear) and target:
+            if isinstance(module, nn.Linear) and name in ranks:
                 parent, child = name.rsplit(".", 1)
-                its_rank = rank[name] if isinstance(rank, dict) else rank
-                self.layers[name] = LoRALinear(module, its_rank)
+                self.layers[name] = LoRALinear(module, ranks[name])
                 setattr(unet.get_submodule(parent), child, self.layers[name])  # in place
         self.parameters = [p for m in self.layers.values() for p in (m.lora_A, m.lora_B)]
 
@@ -176,9 +178,10 @@ class Policy:
         metadata: {str: str}, kept in the file's header.
         """
         # safetensors: header and tensors, no code
-        data = save(self.state(), metadata={"format": "pt", **(metadata or {})})
+        state, metadata = self.state(), {"format": "pt", **(metadata or {})}
+        data = save(state, metadata=metadata)
         if not self.full:
-            lora.write_kohya(folder, self.state(), metadata or {})
+            lora.write_kohya(folder, state, metadata)
             return write_file(os.path.join(folder, LORA_FILE), data)
         folder = os.path.join(folder, "unet")
         os.makedirs(folder, exist_ok=True)
@@ -212,7 +215,7 @@ def load_policy(unet, path):
         policy = Policy(unet, full=True)
     else:
         # B comes times alpha / rank, so that the layers' own scale is 1 as in training
-        layers, state = lora.read_lora(file), {}
+        layers, state = lora.read_lora(file, state), {}
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
         policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})

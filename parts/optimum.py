@@ -36,8 +36,7 @@ def optimal_policy(p_ref, reward, beta, div):
     v, u, step = high, None, high
     for _ in range(200):
         f_of_v, slope_of_v = value_and_slope(div, torch.tensor([v], dtype=torch.float64))
-        # u = log X of all items, (N,)
-        u = inverse(div, f_of_v + gap, v, u)
+        u = inverse(div, f_of_v + gap, v, u)  # log X of all items, (N,)
         u[best] = v
         mass = p_ref * u.exp()
         total = mass.sum().item()
@@ -83,23 +82,28 @@ def critical_beta(p_ref, reward, div):
         u = inverse(div, limit - lack / math.exp(log_beta), 700.0)
         return torch.logsumexp(u + weight.log(), 0).item()
 
-    low = high = math.log(lack.mean().item())
-    while excess(low) > 0:
-        low -= 1
-    while excess(high) < 0:
-        high += 1
-    return math.exp(optimize.brentq(excess, low, high, xtol=1e-14))
+    return math.exp(root(excess, math.log(lack.mean().item())))
 
 
 def at_expected_reward(target, p_ref, reward, div):
-    """(log X, beta) of the optimum whose expected reward is `target`."""
+    """(log X, beta) of the optimum with E[r] = target, between E_ref[r] and max r."""
 
-    def excess(log_beta):
+    def lack(log_beta):
         log_x, _ = optimal_policy(p_ref, reward, math.exp(log_beta), div)
-        return (p_ref * log_x.exp() @ reward).item() - target
+        return target - (p_ref * log_x.exp() @ reward).item()
 
-    beta = math.exp(optimize.brentq(excess, -5, 5))
+    beta = math.exp(root(lack, 0.0))
     return optimal_policy(p_ref, reward, beta, div)[0], beta
+
+
+def root(function, start):
+    """Where an increasing function is 0."""
+    low = high = start
+    while function(low) > 0:
+        low -= 1
+    while function(high) < 0:
+        high += 1
+    return optimize.brentq(function, low, high, xtol=1e-14)
 
 
 def shares_in_training(p_ref, reward, beta, divs, steps=4000):

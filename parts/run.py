@@ -68,7 +68,8 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout as error:
             path = os.path.join(self.folder, "config.json")
-            who = read_json(path, "wait")["process"] if os.path.exists(path) else "another process"
+            config = read_json(path, "wait") if os.path.exists(path) else {}
+            who = config.get("process", "another process")
             fix = "wait for it, or take another --output_dir"
             raise UserError(f"{who} trains in {self.folder!r}: {fix}") from error
 

@@ -147,7 +147,7 @@ class Outcome:
 def c1(o):
     """C1 every row gains taste"""
     gains = [interval(o.gain(div, o.judge)) for div in o.divs]
-    least = min(gains, key=lambda gain: gain.low)
+    least = min(gains, key=lambda gain: gain.mean)
     return all(g.low > 0 for g in gains), any(g.high < 0 for g in gains), f"least gain {least}"
 
 
@@ -156,8 +156,8 @@ def c2(o):
     near, leads = o.near("prompt following"), o.leads("rkl", "prompt following")
     holds = all(d.within(0.02) for d in near) and all(d.low > 0 for d in leads)
     apart = any(d.low > 0.02 or d.high < -0.02 for d in near)
-    widest = max(near, key=lambda d: max(-d.low, d.high))
-    figure = f"widest 90 % interval of a pair {widest}"
+    largest = max(near, key=lambda d: abs(d.mean))
+    figure = f"largest difference of a pair {largest} (90 %)"
     return holds, apart or any(d.high < 0 for d in leads), figure
 
 
@@ -166,11 +166,13 @@ def c3(o):
     p, _ = permutation_test(o.table(o.judge, o.most_seeds))
     means = o.table(o.judge, o.divs).mean(1)
     gain, spread = means.mean() - o.original[o.judge], np.ptp(means)
-    leads, lowest = o.leads("js", o.judge), min(o.leads("js", o.judge), key=lambda d: d.high)
+    leads = o.leads("js", o.judge)
     holds = p <= 0.05 and spread >= 0.2 * gain and all(d.low > 0 for d in leads)
     same = all(d.within(0.2 * gain) for d in o.near(o.judge))
-    figure = f"spread {spread:.3g} of a mean gain of {gain:.3g}, omnibus p {p:.2g}, least of js "
-    return holds, same or lowest.high < 0, figure + f"minus another {lowest}"
+    least = min(leads, key=lambda d: d.mean)
+    figure = f"spread {spread:.3g} of a mean gain of {gain:.3g}, omnibus p {p:.2g}, "
+    figure += f"least of js minus another {least}"
+    return holds, same or any(d.high < 0 for d in leads), figure
 
 
 def c4(o):

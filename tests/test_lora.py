@@ -107,7 +107,7 @@ def test_pefts_names_are_the_same_tensors(own, tmp_path, dialect, alpha, rslora)
         config = {"lora_alpha": alpha, "use_rslora": rslora}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     scale = (alpha or RANK) / (math.sqrt(RANK) if rslora else RANK)
-    layers = read_lora(str(file))
+    layers = read_lora(str(file), load_file(file))
     assert len(layers) == len(own) / 2
     for layer, (A, B) in layers.items():
         assert torch.equal(A, own[f"unet.{layer}.lora_A.weight"])

@@ -256,7 +256,9 @@ def test_theorem_2_with_sampled_labels():
     log_x, _ = optimal_policy(p_ref, reward, 1.0, div)
     ends = []
     for _ in range(20):
-        counts = np.random.default_rng(len(ends)).multinomial(10**6, expected.flatten() / 0.5 / 2)
+        rng = np.random.default_rng(len(ends))
+        counts = rng.multinomial(10**6, (expected / expected.sum()).flatten())
+        assert counts[[0, 5, 10, 15]].sum() == 0  # no item is compared with itself
         wins = torch.tensor(counts).view(4, 4).double() / 10**6
         ends.append(train_by_eq_5(p_ref, wins, 1.0, div))
     ends = torch.stack(ends)
