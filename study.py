@@ -263,10 +263,28 @@ def run_all(todo, table, args):
 
 
 def read_rows(table):
+    """Raises UserError unless every run has the original's metrics, each of the same prompts."""
     if not table.exists():
         return []
-    with open(table, newline="") as file:
-        return list(csv.reader(file))[1:]
+    runs = defaultdict(lambda: defaultdict(set))
+    try:
+        with open(table, newline="") as file:
+            header, *rows = csv.reader(file)
+        if tuple(header) != HEADER:
+            raise ValueError(f"its columns are {', '.join(header)}")
+        for *run, epoch, metric, prompt, value, _ in rows:
+            float(value)
+            runs[tuple(run)][metric, int(epoch)].add(prompt)
+        for (setting, *run), found in list(runs.items()):
+            original = {
+                metric: prompts for (metric, _), prompts in runs[setting, "original", ""].items()
+            }
+            same = [original.get(metric) == prompts for (metric, _), prompts in found.items()]
+            if not all(same) or len({metric for metric, _ in found}) < len(original):
+                raise ValueError(f"{setting} {' '.join(run)} lacks figures")
+    except ValueError as error:
+        raise UserError(f"{table} is not whole ({error}): copy it again") from error
+    return rows
 
 
 def add_rows(spec, folder, table, digest):
