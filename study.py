@@ -43,7 +43,7 @@ from parts import common, stats
 from parts.common import UserError
 from parts.flags import build_parser, check_range
 from parts.run import read_evaluated
-from parts.weights import TOY, find, read_config, read_train_json, resolve_model
+from parts.weights import TOY, find_model, read_config, read_train_json, resolve_model
 
 # What differs between settings: flags of train.py. D: the number of a latent's dimensions, so that
 # for reverse KL `ratios` is `published` without its clamp.
@@ -205,8 +205,7 @@ def folder_of(spec, args):
 def command(spec, device, args):
     words = spec.flags.split()
     if "10/D" in words:
-        folder = TOY if args.model == "toy" else args.model
-        unet = read_config(f"{folder if os.path.isdir(folder) else find(folder)}/unet")
+        unet = read_config(f"{find_model(args.model)[0]}/unet")
         dimensions = unet["in_channels"] * (unet.get("sample_size") or 64) ** 2
         words[words.index("10/D")] = f"{10 / dimensions:.9g}"
     if "PAIRS" in words:

@@ -291,6 +291,7 @@ def set_up(args, device, world):
         args.mixed_precision = "bf16" if device.startswith("cuda") else "no"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     dtype = dtypes[args.mixed_precision]
+    make_folder(args.output_dir, only_look=True)  # before anything is downloaded
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if not args.pairs:
         path = find_training_prompts(args.model, args.prompts, args.weights)

@@ -116,11 +116,14 @@ def write_file(path, data):
         raise UserError(f"cannot write {path} ({cause.strerror}): {fix}") from error
 
 
-def make_folder(path, flag="--output_dir"):
+def make_folder(path, flag="--output_dir", only_look=False):
     """Creates a folder. Raises UserError, naming the flag, if it cannot be written to."""
     try:
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
+        there = path
+        while only_look and not os.path.lexists(there):
+            there = os.path.dirname(os.path.abspath(there))
+        os.makedirs(there, exist_ok=True)
+        if not os.access(there, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
         why = f"cannot write to {path!r} ({error.strerror}): choose another {flag}"

@@ -27,42 +27,27 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention of the UNet
 def load_pipeline(model, device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline, frozen, with a DDIM scheduler that is fit for training.
 
-    model: a diffusers folder, a hub id, "toy" or "auto". dtype: of the weights; a dict such as
-    {"default": torch.bfloat16, "unet": torch.float32} names parts. Only safetensors are read.
+    model: a diffusers folder, a single-file checkpoint, a hub id, "toy" or "auto". dtype: of the
+    weights; a dict such as {"default": torch.bfloat16, "unet": torch.float32} names parts.
     Raises UserError for a missing, incomplete, damaged or unsuitable model.
     """
     weights.silence_libraries()
-    import diffusers
-    from transformers import CLIPTextModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    where, _ = weights.resolve_model(model)
-    is_folder = os.path.isdir(where)
-    if is_folder:
-        weights.check_folder(where)
-    elif os.path.exists(where) or where.startswith((".", "/", "~")) or where.count("/") != 1:
-        raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
-    offline = is_folder or weights.hub_out_of_reach()
-    options = dict(local_files_only=offline, use_safetensors=True, low_cpu_mem_usage=False)
-    parts = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
-    parts |= dict(requires_safety_checker=False)
-    try:
-        place = dict(subfolder="scheduler", local_files_only=offline)
-        config = diffusers.DDIMScheduler.load_config(where, **place)
-        parts |= dict(scheduler=weights.ddim_scheduler(config))
-        classes = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
-        for name, cls in (classes | {"text_encoder": CLIPTextModel}).items():
-            # each by itself: from_pretrained of the whole would make up a tensor that is missing
-            its_dtype = dtype
-            if isinstance(dtype, dict):
-                its_dtype = dtype.get(name, dtype["default"])
-            parts[name] = weights.load_part(cls, where, name, dtype=its_dtype, **options)
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(where, **options, **parts)
-    except UserError:
-        raise
-    except Exception as error:  # hub, disk and config errors come as a dozen types
-        hint = "check the folder" if is_folder else "is the id right and the hub in reach?"
-        raise UserError(f"cannot load {where!r}: {hint} ({weights.first_line(error)})") from error
-    weights.check_shape(pipe, where)
+    folder, file = weights.find_model(model)
+    scheduler = weights.read_config(f"{folder}/scheduler", "scheduler_config.json")
+    parts = dict(scheduler=weights.ddim_scheduler(scheduler))
+    parts["tokenizer"] = weights.read_tokenizer(CLIPTokenizer, f"{folder}/tokenizer")
+    classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    checkpoint = weights.read_state(file) if file else None
+    for name, cls in classes.items():
+        its_dtype = dtype
+        if isinstance(dtype, dict):
+            its_dtype = dtype.get(name, dtype["default"])
+        parts[name] = weights.load_part(cls, folder, name, its_dtype, checkpoint, file)
+    nobody = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**parts, **nobody)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval().to(device)
     # or every step would copy it, and wait for the copy
@@ -219,10 +204,6 @@ def load_policy(unet, path):
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
         policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})
-    # NaN would paint black pictures, and be scored as pictures
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{file}: {name} is not finite: its pictures would be black")
     policy.load_state(state, file)
     # for painting alone: nothing trains
     unet.requires_grad_(False)
