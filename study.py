@@ -126,14 +126,15 @@ def parse_args():
     for name, (_, allowed, _) in FLAGS.items():
         check_range(name, getattr(args, name), allowed)
     args.extra = sys.argv[len(words) + 2 :]  # behind --, flags of train.py
-    where, _ = resolve_model(args.model)
-    args.model = "toy" if where == TOY else where
-    args.own_judge = "judge" in read_train_json(where)
+    args.pairs = args.pairs or f"{args.output_dir}/pairs"
+    args.folder, _ = resolve_model(args.model)
+    args.model = "toy" if args.folder == TOY else args.folder
+    own = read_train_json(args.folder)
+    args.own_judge = "judge" in own
     args.gpus = torch.cuda.device_count() if common.pick_device(args.device) == "cuda" else 0
     args.jobs = args.jobs or args.gpus or (2 if args.own_judge else 1)
     code = [path.read_text() for path in files_of_a_run()]
-    settings = [args.model, read_train_json(where), args.eval_interval, args.extra]
-    args.digest = short_hash([code, *settings])
+    args.digest = short_hash([code, args.model, own, args.eval_interval, args.extra])
     return args
 
 
@@ -198,14 +199,12 @@ def folder_of(spec, args):
 
 
 def command(spec, device, args):
-    words = spec.flags.split()
+    words = [args.pairs if word == "PAIRS" else word for word in spec.flags.split()]
     if "10/D" in words:
-        folder = TOY if args.model == "toy" else args.model
-        unet = read_config(f"{folder if os.path.isdir(folder) else find(folder)}/unet")
+        model = args.folder if os.path.isdir(args.folder) else find(args.folder)
+        unet = read_config(f"{model}/unet")
         dimensions = unet["in_channels"] * (unet.get("sample_size") or 64) ** 2
         words[words.index("10/D")] = f"{10 / dimensions:.9g}"
-    if "PAIRS" in words:
-        words[words.index("PAIRS")] = args.pairs or f"{args.output_dir}/pairs"
     folder = folder_of(spec, args)
     words += ["--model", args.model, "--device", device, "--seed", spec.seed]
     words += ["--eval_interval", str(args.eval_interval), "--output_dir", str(folder)]
@@ -216,11 +215,11 @@ def command(spec, device, args):
 def run_all(todo, table, args):
     """Runs them, args.jobs side by side; what finished goes into the table, what failed is said."""
     common.make_folder(f"{args.output_dir}/runs")
-    pairs = os.path.abspath(f"{args.output_dir}/pairs")
-    if any("PAIRS" in spec.flags for spec in todo) and not (args.pairs or os.path.exists(pairs)):
+    if any("PAIRS" in spec.flags for spec in todo) and not os.path.exists(args.pairs):
         if args.model != "toy":
             raise UserError("the setting pairs needs preference pairs: --pairs DIR")
-        subprocess.run([sys.executable, "-m", "toy.make", "--pairs", pairs], cwd=HERE, check=True)
+        make = [sys.executable, "-m", "toy.make", "--pairs", os.path.abspath(args.pairs)]
+        subprocess.run(make, cwd=HERE, check=True)
     if not args.gpus:  # another number of threads gives other last bits
         os.environ["OMP_NUM_THREADS"] = "1"
     devices, begin = queue.SimpleQueue(), time.time()

@@ -47,7 +47,7 @@ def detectable(n, power=0.8):
     """The least mean of n values, in their standard deviations, that the test at 5 % finds with
     that power: then t is noncentral."""
     limit = stats.t.ppf(0.975, n - 1)
-    return special.nctdtrinc(n - 1, 1 - power, limit) / math.sqrt(n) if n > 1 else math.nan
+    return special.nctdtrinc(n - 1, 1 - power, limit) / math.sqrt(n)  # NaN if n is 1
 
 
 def permutation_test(table, draws=9999):
@@ -103,8 +103,8 @@ class Outcome:
         some_run = next(iter(runs[self.divs[0]].values()))
         self.original = {metric: np.nanmean(values[0]) for metric, values in some_run.items()}
         self.judge = next(iter(some_run))  # the first metric of a run's log
-        most = max(map(len, runs.values()))
-        self.most_seeds = [div for div in runs if len(runs[div]) == most]
+        most_seeds = max(map(len, runs.values()))
+        self.full_rows = [div for div in runs if len(runs[div]) == most_seeds]
 
     def path(self, div, seed, metric):
         return np.nanmean(self.runs[div][seed][metric], axis=1)  # (E,)
@@ -170,7 +170,7 @@ def c2(o):
 
 def c3(o):
     """C3 the divergence changes taste a lot, js best"""
-    p, _ = permutation_test(o.table(o.judge, o.most_seeds))
+    p, _ = permutation_test(o.table(o.judge, o.full_rows))
     spread = np.ptp(o.table(o.judge, o.divs).mean(1))
     gain, leads = o.gain(o.divs, o.judge).mean(), o.leads("js", o.judge)
     best, beaten = signs(leads)
@@ -281,7 +281,7 @@ def differences(o):
         least = detectable(n) * np.std(d, ddof=1) if n > 1 else math.nan
         lines.append([f"{a} - {b}", str(n), str(found), f"{found.p:.2g}", f"{least:.2g}"])
     text = markdown(lines)
-    for divs in dict.fromkeys([tuple(o.most_seeds), tuple(o.divs)]):
+    for divs in dict.fromkeys([tuple(o.full_rows), tuple(o.divs)]):
         table = o.table(o.judge, divs)
         p, least = permutation_test(table)
         row, seed, rest = deviations(table)
