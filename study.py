@@ -9,14 +9,12 @@
 A run is `train.py --eval_interval 3` in a process of its own. A finished run is never run again, a
 cut one goes on by --resume: kill the study anywhere and give the same command. --output_dir gets
 
-    runs.csv      figures of every prompt held out (a number: its place in the run's config.json).
+    runs.csv      figures of every held-out prompt (its number: its place in a run's config.json).
                   div "original" is the model before training. Where f''(1) = 1, in all rows but js,
-                  `matched` is `published`: such a run stands in the file once, under that name
+                  `matched` is `published`: such a run stands in the file once, under that name.
+                  digest is of the code and flags: others are refused, so run it from a clone
     study.md      tables and verdicts (parts/stats.py); study.png: taste against diversity
     runs/         the runs' folders and logs; to go on elsewhere runs.csv is enough
-
-digest stands for the code and the flags of a run. Other code is refused: run a study from a clone
-of its own, so that your other work does not change it.
 """
 
 import csv
@@ -77,7 +75,7 @@ FLAGS = {
 }
 HERE = Path(__file__).resolve().parent
 Row = namedtuple("Row", "setting div seed epoch metric prompt value digest")  # of runs.csv
-Spec = namedtuple("Spec", "setting div seed flags digest")  # of a run; flags of train.py, as text
+Spec = namedtuple("Spec", "setting div seed digest flags folder")  # a run; flags of train.py
 
 
 def main():
@@ -96,7 +94,7 @@ def main():
             return
         run_all(todo, table, args)
         if not args.own_judge:  # the paper's Tables 2 and 3
-            folders = [folder_of(spec, args) for spec in specs if folder_of(spec, args).exists()]
+            folders = [spec.folder for spec in specs if spec.folder.exists()]
             place = ["--output_dir", f"{args.output_dir}/evaluation"]
             subprocess.run([sys.executable, HERE / "evaluate.py", *folders, *place])
     outcomes = read_outcomes(table)
@@ -147,7 +145,9 @@ def plan(args):
     for block in blocks:
         for setting, div, seed in itertools.product(*block):
             home, flags = where_run(setting, div)
-            specs.append(Spec(home, div, str(seed), flags, short_hash([args.digest, flags])))
+            digest = short_hash([args.digest, flags])
+            folder = Path(args.output_dir, "runs", digest, f"{home}-{div}-{seed}")
+            specs.append(Spec(home, div, str(seed), digest, flags, folder))
     return sorted(dict.fromkeys(specs), key=lambda spec: int(spec.seed))
 
 
@@ -193,11 +193,6 @@ def unfinished(specs, table):
 # ---- The runs ------------------------------------------------------------------------------------
 
 
-def folder_of(spec, args):
-    """In a folder of its digest, so that no run of other code is gone on with."""
-    return Path(args.output_dir, "runs", spec.digest, f"{spec.setting}-{spec.div}-{spec.seed}")
-
-
 def command(spec, device, args):
     words = [args.pairs if word == "PAIRS" else word for word in spec.flags.split()]
     if "10/D" in words:
@@ -205,10 +200,9 @@ def command(spec, device, args):
         unet = read_config(f"{model}/unet")
         dimensions = unet["in_channels"] * (unet.get("sample_size") or 64) ** 2
         words[words.index("10/D")] = f"{10 / dimensions:.9g}"
-    folder = folder_of(spec, args)
     words += ["--model", args.model, "--device", device, "--seed", spec.seed]
-    words += ["--eval_interval", str(args.eval_interval), "--output_dir", str(folder)]
-    resume = ["--resume"] if (folder / "config.json").exists() else []
+    words += ["--eval_interval", str(args.eval_interval), "--output_dir", str(spec.folder)]
+    resume = ["--resume"] if (spec.folder / "config.json").exists() else []
     return [sys.executable, str(HERE / "train.py"), *args.extra, *words, *resume]
 
 
@@ -227,7 +221,7 @@ def run_all(todo, table, args):
         devices.put(f"cuda:{slot % args.gpus}" if args.gpus else args.device)
 
     def run(spec):
-        device, folder = devices.get(), folder_of(spec, args)
+        device, folder = devices.get(), spec.folder
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
             with FileLock(folder / "lock"):  # a study that was killed leaves trainers behind
@@ -235,17 +229,18 @@ def run_all(todo, table, args):
         with open(f"{folder}.log", "a") as log:
             code = subprocess.run(command(spec, device, args), stdout=log, stderr=log).returncode
         devices.put(device)
-        return spec, folder, code
+        return spec, code
 
     with ThreadPool(args.jobs) as pool:
-        for count, (spec, folder, code) in enumerate(pool.imap_unordered(run, todo), 1):
+        for count, (spec, code) in enumerate(pool.imap_unordered(run, todo), 1):
             outcome = "finished"
             if code:
-                outcome = "FAILED: " + Path(f"{folder}.log").read_text().strip().split("\n")[-1]
+                log = Path(f"{spec.folder}.log").read_text()
+                outcome = "FAILED: " + log.strip().split("\n")[-1]
             else:
-                add_rows(spec, folder, table, args.digest)
+                add_rows(spec, table, args.digest)
             left = (time.time() - begin) / count * (len(todo) - count) / 3600
-            print(f"{count}/{len(todo)} {folder.name} {outcome}; {left:.1f} hours left")
+            print(f"{count}/{len(todo)} {spec.folder.name} {outcome}; {left:.1f} hours left")
 
 
 # ---- runs.csv and study.png ----------------------------------------------------------------------
@@ -258,12 +253,12 @@ def read_rows(table):
         return [Row(*cells) for cells in csv.reader(file)][1:]
 
 
-def add_rows(spec, folder, table, digest):
+def add_rows(spec, table, digest):
     """A finished run's figures into the table, and those of the original where it has none."""
     rows = read_rows(table)
     there = {row[:3] for row in rows}
-    original = Spec(spec.setting, "original", "", "", digest)
-    for epoch, metrics in read_evaluated(folder).items():
+    original = spec._replace(div="original", seed="", digest=digest)
+    for epoch, metrics in read_evaluated(spec.folder).items():
         run = spec if epoch else original
         if run[:3] in there:
             continue
