@@ -235,6 +235,11 @@ def is_whole_model(folder):
     return has_configs(folder) and all(has_weights(os.path.join(folder, part)) for part in PARTS)
 
 
+def find_configs(where):
+    """The folder of a model's configurations: where itself, or a hub id's, some kilobytes."""
+    return where if os.path.isdir(where) else from_hub(where, hub.CONFIGS, has_configs)
+
+
 def find_model(model):
     """(folder, None) of a whole model; of a single-file checkpoint (a folder with configurations
     for it, the file). What kind it is of is checked before weights are downloaded.
@@ -245,7 +250,7 @@ def find_model(model):
     if os.path.isfile(where):
         folder = os.path.dirname(os.path.abspath(where))
         if not has_configs(folder):  # so it does not lie in a whole model's folder
-            folder = from_hub(SD15, hub.CONFIGS, has_configs)
+            folder = find_configs(SD15)
         check_kind(folder, where)
         return folder, where
     if os.path.isdir(where):
@@ -260,7 +265,7 @@ def find_model(model):
         return where, None
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
-    check_kind(from_hub(where, hub.CONFIGS, has_configs), where)
+    check_kind(find_configs(where), where)
     return from_hub(where, hub.PIPELINE, is_whole_model), None
 
 
