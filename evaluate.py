@@ -268,7 +268,7 @@ def check_settings(row, prompts, sampler):
     path = Path(row.folder, "settings.json")
     if not path.exists():  # before the first image, so that there is none without it
         common.write_file(path, json.dumps(settings))
-    painted = json.loads(path.read_text())
+    painted = common.read_json(path, "take another --output_dir")
     other = ", ".join(name for name in settings if painted[name] != settings[name])
     if other:
         raise UserError(f"{row.folder} has images of other {other}: take another --output_dir")
@@ -278,7 +278,8 @@ def digest(paths, more):
     """Of the bytes of some files, and of what repr says of more."""
     total = hashlib.sha256(repr(more).encode())
     for path in paths:
-        total.update(np.memmap(path, mode="r"))
+        if os.path.getsize(path):  # an empty file cannot be mapped
+            total.update(np.memmap(path, mode="r"))
     return total.hexdigest()[:16]
 
 
@@ -307,16 +308,18 @@ def score(rows, name, prompts, args):
                 lines += [(p, *line) for line in zip(*columns.values())]
         if not lines:
             raise UserError(f"{name} compares the images of a prompt, and needs two of them")
-        common.write_csv(path, ["prompt_index", *columns], lines, stamp)
+        table = common.csv_text(["prompt_index", *columns], lines)
+        common.write_file(path, f"{stamp}# checksum {digest([], table)}\n{table}")
 
 
 def read_scores(path, stamp):
-    """{column: its values, as text} of a score file that begins with that stamp, or {}."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    if not text.startswith(stamp):
+    """{column: its values, as text} of a whole score file that begins with that stamp, or {}."""
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    _, _, below = text.partition("\n")
+    checksum, _, table = below.partition("\n")
+    if not text.startswith(stamp) or checksum != f"# checksum {digest([], table)}":
         return {}
-    rows = csv.reader(text.splitlines()[1:])
-    return {name: values for name, *values in zip(*rows)}
+    return {name: values for name, *values in zip(*csv.reader(table.splitlines()))}
 
 
 def load_metric(name, prompts, args):

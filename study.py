@@ -246,10 +246,26 @@ def run_all(todo, table, args):
 
 
 def read_rows(table):
+    """Raises UserError unless every epoch of a run has the original's metrics and prompts."""
     if not table.exists():
         return []
-    with open(table, newline="") as file:
-        return [Row(*cells) for cells in csv.reader(file)][1:]
+    cells = defaultdict(set)  # {(metric, prompt)} of a run's epoch
+    try:
+        with open(table, newline="") as file:
+            header, *rows = csv.reader(file)
+        if tuple(header) != Row._fields:
+            raise ValueError(f"its columns are {', '.join(header)}")
+        rows = [Row(*row) for row in rows]
+        for row in rows:
+            float(row.value)
+            cells[row[:4]].add((row.metric, row.prompt))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{table} is damaged ({error}): copy it again") from error
+    for (setting, div, seed, epoch), found in cells.items():
+        if found != cells.get((setting, "original", "", "0")):
+            what = f"{table} lacks figures of {setting} {div} {seed}, epoch {epoch}"
+            raise UserError(f"{what}: copy it again")
+    return rows
 
 
 def add_rows(spec, table, digest):

@@ -130,11 +130,14 @@ def make_folder(path, flag="--output_dir", only_look=False):
         raise UserError(why) from error
 
 
-def write_csv(path, header, rows, comment=""):
-    """comment: lines above the header."""
+def csv_text(header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_file(path, comment + text.getvalue())
+    return text.getvalue()
+
+
+def write_csv(path, header, rows):
+    write_file(path, csv_text(header, rows))
 
 
 def markdown(rows):
@@ -145,10 +148,19 @@ def markdown(rows):
 
 
 def read_json(path, fix):
-    """What a JSON file holds. Raises UserError, which ends with `fix`."""
+    """The object that a JSON file holds. Raises UserError, which ends with `fix`, here and where a
+    key is looked up that is not there."""
+
+    class Settings(dict):
+        def __missing__(self, key):
+            raise UserError(f"{path} lacks {key!r}: {fix}")
+
     try:
         with open(path) as file:
-            return json.load(file)
+            settings = json.load(file, object_hook=Settings)
+        if not isinstance(settings, dict):
+            raise ValueError("no object in braces")
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as JSON ({error}): {fix}") from error
 

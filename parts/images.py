@@ -42,6 +42,8 @@ def read_image(file):
     16-bit gray the upper 8 bits: as cv2.imread has it. Raises UserError for no whole image."""
     try:
         with Image.open(file) as image:
+            image.verify()  # the checksums of a PNG, which reading it leaves alone
+        with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("floating-point pixels, whose range is not known: save 8 bits")

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,8 @@ class Run:
 
     def load(self, policy, opt, scaler):
         try:
+            if zipfile.ZipFile(self.state_path).testzip():  # torch leaves the checksums alone
+                raise zipfile.BadZipFile
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged archive
             what = f"{self.state_path} is damaged ({type(error).__name__})"

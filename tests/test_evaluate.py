@@ -453,7 +453,7 @@ def test_a_killed_call_goes_on(run, tmp_path):
     painted = {path: path.stat().st_mtime_ns for path in home.glob("micro/images/*.png")}
     assert len(painted) == 2
     assert (
-        call(home, ("KILL", "parts.common", "write_csv", 2))[0] == -9
+        call(home, ("KILL", "parts.common", "csv_text", 2))[0] == -9
     )  # of the original is the first
     assert [path.stem for path in home.glob("*/scores/*.csv")] == ["taste"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in painted.items())
