@@ -95,11 +95,11 @@ def holm(p_values):
 
 class Outcome:
     """A setting's runs, {div: {seed: {metric: (E, P)}}}: of E epochs, the first of them before
-    training, the values of P prompts. All else is in means over prompts, at the last epoch or,
-    with a level, where the judge first comes up to it."""
+    training, the values of P prompts. All else is in means over prompts, at a run's end: its last
+    epoch or, if there is a level, where the judge first comes up to it."""
 
-    def __init__(self, runs):
-        self.runs, self.divs = runs, list(runs)
+    def __init__(self, runs, level=None):
+        self.runs, self.level, self.divs = runs, level, list(runs)
         self.pairs = list(itertools.combinations(runs, 2))
         some_run = next(iter(runs[self.divs[0]].values()))
         self.original = {metric: np.nanmean(values[0]) for metric, values in some_run.items()}
@@ -110,24 +110,24 @@ class Outcome:
     def path(self, div, seed, metric):
         return np.nanmean(self.runs[div][seed][metric], axis=1)  # (E,)
 
-    def table(self, metric, divs, level=None):
+    def end(self, div, seed, metric):
+        path = self.path(div, seed, metric)
+        if self.level is None:
+            return path[-1]
+        return at_level(self.level, self.path(div, seed, self.judge), path)
+
+    def table(self, metric, divs):
         """A row a divergence, a column a seed that all of them have."""
         seeds = sorted(set.intersection(*(set(self.runs[div]) for div in divs)), key=int)
-        return np.array([[self.mean(div, s, metric, level) for s in seeds] for div in divs])
-
-    def mean(self, div, seed, metric, level):
-        path = self.path(div, seed, metric)
-        return (
-            path[-1] if level is None else at_level(level, self.path(div, seed, self.judge), path)
-        )
+        return np.array([[self.end(div, seed, metric) for seed in seeds] for div in divs])
 
     def gain(self, divs, metric):
         """Of the mean of some rows, a value a seed."""
         return self.table(metric, divs).mean(0) - self.original[metric]
 
-    def difference(self, a, b, metric, level=None):
+    def difference(self, a, b, metric):
         """a - b within common seeds."""
-        return np.subtract(*self.table(metric, [a, b], level))
+        return np.subtract(*self.table(metric, [a, b]))
 
     def near(self, metric):
         """90 % intervals of all pairs' differences."""
@@ -192,15 +192,14 @@ def c5(o):
     """C5 no row wins all of diversity; more of it goes with less taste"""
     contests = list(itertools.product(o.pairs, DIVERSITY))
     leads = [interval(DIVERSITY[m] * o.difference(*pair, m)) for pair, m in contests]
-    wins, beaten = Counter(), set()
+    wins = []  # (winner, loser)
     for (pair, _), lead, p in zip(contests, leads, holm([lead.p for lead in leads])):
         if p <= 0.05:
-            winner, loser = pair if lead.mean > 0 else pair[::-1]
-            wins[winner] += 1
-            beaten.add(loser)
+            wins.append(pair if lead.mean > 0 else pair[::-1])
+    winners, beaten = Counter(winner for winner, _ in wins), {loser for _, loser in wins}
     ends = zip(o.table(o.judge, o.divs).T, o.table("rmse", o.divs).T)
     slope = interval([np.polyfit(taste, rmse, 1)[0] for taste, rmse in ends])
-    wins_all = (len(o.divs) - 1) * len(DIVERSITY) in wins.values()
+    wins_all = (len(o.divs) - 1) * len(DIVERSITY) in winners.values()
     figure = f"{len(beaten)} of {len(o.divs)} rows beaten, slope of RMSE on taste {slope}"
     return len(beaten) == len(o.divs) and slope.high < 0, wins_all or slope.low > 0, figure
 
@@ -300,9 +299,10 @@ def at_equal_taste(o, share):
     title += f"to the lowest of the runs' peaks ({base}, and the others minus it):\n\n"
     if peak <= start:
         return f"{title}One run never rose, so there is no such level, and no table.\n"
-    means = [f"{o.table(metric, [base], level).mean():.4g}" for metric in DIVERSITY]
+    there = Outcome(o.runs, level)
+    means = [f"{there.table(metric, [base]).mean():.4g}" for metric in DIVERSITY]
     lines = [["row", "seeds", *DIVERSITY], [base, str(len(o.runs[base])), *means]]
     for div in others:
-        apart = [o.difference(div, base, metric, level) for metric in DIVERSITY]
+        apart = [there.difference(div, base, metric) for metric in DIVERSITY]
         lines.append([div, str(len(apart[0])), *(str(interval(d)) for d in apart)])
     return title + markdown(lines)
