@@ -220,13 +220,13 @@ def find_images(row, prompts, args):
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            raise UserError(f"{row.source} has {len(images)} images {p}_K.png, not {K}")
+            raise UserError(f"{row.source} has {len(images)} images {p}_K.png (P from 0), not {K}")
         for k, path in images:
             try:
                 read_image(path)
                 row.files[p, k] = path
-            except UserError:
-                damaged.append(path)
+            except UserError as error:
+                damaged.append(error)
     row.bad_files = len(strange) + len(damaged)
     for files, fault in ((strange, "not named P_K.png"), (damaged, "no whole images")):
         if files and not args.skip_bad:

@@ -10,6 +10,7 @@ policy.save("out/run")                      # diffusers' pipe.load_lora_weights(
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -183,7 +184,10 @@ def policy_file(path):
     for candidate in [path, *(os.path.join(path, name) for name in names)]:
         if os.path.isfile(candidate):
             return candidate
-    return None
+    # a LoRA of any name, if it is the only one, but for the copy in kohya's names
+    others = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_lora_weights.bin")]
+    others = [str(file) for file in others if file.name != lora.KOHYA_FILE]
+    return others[0] if len(others) == 1 and len(names) > 1 else None
 
 
 def load_policy(unet, path):
@@ -195,6 +199,8 @@ def load_policy(unet, path):
     if file is None:
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
+    if any(".base_layer." in name for name in state):  # accelerate's: UNet and LoRA in one file
+        state = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     # a LoRA leaves the convolutions alone: with this one the file is a whole UNet
     if "conv_in.weight" in state:
         policy = Policy(unet, full=True)
@@ -235,6 +241,9 @@ def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
     options = dict(max_length=text_length(pipe), padding="max_length", truncation=True)
     ids = pipe.tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # (N, 77)
+    if ids.max() >= pipe.text_encoder.config.vocab_size:  # a word of textual inversion
+        word = pipe.tokenizer.decode(ids.max())
+        raise UserError(f"the text encoder has no embedding of {word!r}, a word of its tokenizer")
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
 
 
