@@ -52,13 +52,12 @@ SETTINGS = {
 }
 ALPHAS = ("alpha0.2", "alpha0.4", "alpha0.6", "alpha0.8")
 PAPER = ("rkl", *ALPHAS, "fkl", "js")
-# What is run where no flag says otherwise, of the toy and of any other model.
+# What is run of the toy where no flag says otherwise.
 TOY_PLAN = [
     (("published", "matched", "ratios", "ratios_matched"), ("rkl", "fkl", "js"), range(6)),
     (("published", "ratios"), ALPHAS, range(3)),
     (("pairs",), ("rkl", "alpha0.4", "fkl", "js"), range(3)),
 ]
-PAPER_PLAN = [(("published",), PAPER, range(3))]
 # Hours and GB a run. The toy: one core of two that are busy. SD1.5: the rollouts and training of
 # 40,000 prompts, and 1,600 pictures for evaluate.py.
 TOY_COST = (0.1, 0.002, "")
@@ -94,7 +93,7 @@ def main():
             return
         run_all(todo, table, args)
         if not args.own_judge:  # the paper's Tables 2 and 3
-            folders = [spec.folder for spec in specs if spec.folder.exists()]
+            folders = [spec.folder for spec in specs if (spec.folder / "table.md").exists()]
             place = ["--output_dir", f"{args.output_dir}/evaluation"]
             subprocess.run([sys.executable, HERE / "evaluate.py", *folders, *place])
     outcomes = read_outcomes(table)
@@ -138,9 +137,9 @@ def parse_args():
 
 def plan(args):
     """The Specs, each once, seed by seed: whatever is finished, rows can be compared."""
-    blocks = TOY_PLAN if args.model == "toy" else PAPER_PLAN
-    if args.settings or args.div or args.seeds:
-        blocks = [(args.settings or ["published"], args.div or PAPER, args.seeds or range(3))]
+    blocks = [(args.settings or ["published"], args.div or PAPER, args.seeds or range(3))]
+    if args.model == "toy" and not (args.settings or args.div or args.seeds):
+        blocks = TOY_PLAN
     specs = []
     for block in blocks:
         for setting, div, seed in itertools.product(*block):

@@ -58,6 +58,8 @@ def permutation_test(table, draws=9999):
     means. Exact below 20,000 tables, else that many draws.
     """
     k, n = table.shape
+    if n == 0:
+        return math.nan, math.nan
     held, *others = table.T
     sums = held[None]  # (tables, k), the observed table's first
     if math.factorial(k) ** (n - 1) < 20_000:
@@ -223,7 +225,7 @@ def report(outcomes, flags, note):
     for setting, o in outcomes.items():
         parts += [f"## {setting}: `train.py {flags[setting]}`\n", ends(o), verdicts(o)]
         parts += [differences(o), at_equal_taste(o, 0.5), at_equal_taste(o, 0.9)]
-    return "\n".join([*parts, TAIL]).replace("| nan |", "| - |")
+    return "\n".join([*parts, TAIL]).replace(" nan |", " - |")
 
 
 def named_tests(outcomes):

@@ -172,6 +172,15 @@ def test_one_seed_tells_nothing_and_missing_rows_are_said():
     assert "'js' is not there" in text
 
 
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_rows_without_a_common_seed_tell_nothing():
+    runs = made_up({"rkl": 5.0, "js": 6.0}, seeds=1).runs
+    text = stats.report(
+        {"published": Outcome(runs | {"js": {"1": runs["js"]["0"]}})}, study.SETTINGS, ""
+    )
+    assert text.count("cannot be told") == 6 and "rkl, js x 0 seeds: p nan" in text
+
+
 def test_equal_taste_interpolates_the_first_crossing():
     assert stats.at_level(3, [1, 2, 4, 3], [0, 3, 6, 9]) == 4.5
     assert stats.at_level(3, [1, 5, 2, 6], [0, 3, 6, 9]) == 1.5
