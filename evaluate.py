@@ -220,7 +220,8 @@ def find_images(row, prompts, args):
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            raise UserError(f"{row.source} has {len(images)} images {p}_K.png (P from 0), not {K}")
+            what = f"{row.source} has {len(images)} images {p}_K.png, not {K}"
+            raise UserError(f"{what} (prompts are numbered from 0 on)")
         for k, path in images:
             try:
                 read_image(path)

@@ -58,7 +58,7 @@ def read_state(path):
         why = what_it_is(path)
         if not path.endswith(".safetensors") and "pickle" in why:
             why = "is damaged, or a pickle that runs code"
-        raise UserError(f"{path} {why} ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(f"{path} {why} ({type(error).__name__})") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):

@@ -110,6 +110,8 @@ WRONG = [("p.json", text) for text in ('{"caption": 1', "[3]", '"a sun"', '[{"ca
 WRONG += [("p.json", '{"a sun": 1, "a moon": 2}'), ("p.json", '[{"words": "a"}]')]
 WRONG += [("p.jsonl", '{"prompt": "a sun"\n'), ("p.csv", "words\na sun\n")]
 WRONG += [("p.csv", "id,caption\n1\n")]
+# Attend-and-Excite's prompts: their lines would be taken for prompts
+WRONG += [("p.txt", '{"animals": ["a cat", "a dog"]}'), ("p.txt", '[\n  "a cat",\n  "a dog"\n]')]
 
 
 @pytest.mark.parametrize("name, content", GOOD)

@@ -529,7 +529,7 @@ WHAT_IS_NEEDED = "its columns prompt (or caption), winner, loser and, if any, la
 BAD = {
     "nowhere": (lambda folder: folder / "nowhere", "No such file or directory"),
     "an image": (lambda folder: folder / A, "give a folder with pairs.csv, pairs.jsonl"),
-    "no table": (lambda folder: os.remove(folder / "pairs.csv"), "Is a directory"),
+    "no table": (lambda folder: os.remove(folder / "pairs.csv"), "is a folder without pairs"),
     "two tables": (write("pairs.jsonl", "{}"), "a pairs.csv and a pairs.jsonl: remove one"),
     "other names": (write("pairs.csv", "text,good,bad\na,b,c\n"), WHAT_IS_NEEDED),
     "only a header": (rows_of(), "holds no pair that can be trained on"),
