@@ -64,7 +64,7 @@ FLAGS = {
     "prompts": ("", None, "a file, or hpdv2 (default: what a run held out, or prompts.txt)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
-    "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder or a hub id"),
+    "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
     "weights": ("", None, "a folder of the judges' weights, in place of the hub"),
     "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),

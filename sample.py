@@ -269,7 +269,7 @@ def build_parser():
     flag = parser.add_argument
     flag("prompt", nargs="*", help="prompts, each in quotes")
     flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
-    flag("--model", default="auto", help="auto, toy, a diffusers folder or a hub id")
+    flag("--model", default="auto", help="auto, toy, a folder, a single checkpoint or a hub id")
     runs = "runs' folders, --full or not, or LoRA files; of several, a gallery: a row a model"
     flag("--lora", metavar="RUN", nargs="+", default=[], help=runs)
     flag("--seeds", type=int, nargs="+", help="of every prompt (default: 0 to 5; a gallery: 0)")

@@ -63,7 +63,7 @@ TOY_PLAN = [
 TOY_COST = (0.1, 0.002, "")
 SD15_COST = (26, 0.9, " of GPUs at 150 TFLOP/s (counted, not measured)")
 FLAGS = {
-    "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
+    "model": ("auto", None, "auto, toy, a diffusers folder, a single checkpoint or a hub id"),
     "pairs": (None, None, "of the setting pairs; the toy's are made here"),
     "eval_interval": (3, "[1, inf)", "epochs between figures of the held-out prompts"),
     "jobs": (0, "[0, inf)", "runs side by side; 0: one a GPU, or two of the toy on a CPU"),
