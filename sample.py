@@ -67,7 +67,10 @@ def generate(
             x = mean + std * noise() if eta > 0 else mean
             if progress:
                 progress(len(x) / num_steps)
-        images.append(decode(pipe, x).clamp(0, 1).cpu())
+        decoded = decode(pipe, x)
+        if not decoded.isfinite().all():  # it would be a black picture, and be scored as one
+            raise common.UserError("a picture is not finite: the model or the LoRA is damaged")
+        images.append(decoded.clamp(0, 1).cpu())
     return torch.cat(images)
 
 

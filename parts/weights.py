@@ -6,6 +6,7 @@ lie in DIR itself. Files are safetensors, or torch files of which only tensors a
 """
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -217,6 +218,8 @@ def silence_libraries():
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
+    # of missing tensors, which load_part refuses
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
 
 
