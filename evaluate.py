@@ -64,7 +64,7 @@ FLAGS = {
     "prompts": ("", None, "a file, or hpdv2 (default: what a run held out, or prompts.txt)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
-    "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder or a hub id"),
+    "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
     "weights": ("", None, "a folder of the judges' weights, in place of the hub"),
     "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
@@ -220,13 +220,14 @@ def find_images(row, prompts, args):
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            raise UserError(f"{row.source} has {len(images)} images {p}_K.png, not {K}")
+            what = f"{row.source} has {len(images)} images {p}_K.png, not {K}"
+            raise UserError(f"{what} (prompts are numbered from 0 on)")
         for k, path in images:
             try:
                 read_image(path)
                 row.files[p, k] = path
-            except UserError:
-                damaged.append(path)
+            except UserError as error:
+                damaged.append(error)
     row.bad_files = len(strange) + len(damaged)
     for files, fault in ((strange, "not named P_K.png"), (damaged, "no whole images")):
         if files and not args.skip_bad:

@@ -67,7 +67,10 @@ def generate(
             x = mean + std * noise() if eta > 0 else mean
             if progress:
                 progress(len(x) / num_steps)
-        images.append(decode(pipe, x).clamp(0, 1).cpu())
+        decoded = decode(pipe, x)
+        if not decoded.isfinite().all():  # it would be a black picture, and be scored as one
+            raise common.UserError("a picture is not finite: the model or the LoRA is damaged")
+        images.append(decoded.clamp(0, 1).cpu())
     return torch.cat(images)
 
 
@@ -269,7 +272,7 @@ def build_parser():
     flag = parser.add_argument
     flag("prompt", nargs="*", help="prompts, each in quotes")
     flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
-    flag("--model", default="auto", help="auto, toy, a diffusers folder or a hub id")
+    flag("--model", default="auto", help="auto, toy, a folder, a single checkpoint or a hub id")
     runs = "runs' folders, --full or not, or LoRA files; of several, a gallery: a row a model"
     flag("--lora", metavar="RUN", nargs="+", default=[], help=runs)
     flag("--seeds", type=int, nargs="+", help="of every prompt (default: 0 to 5; a gallery: 0)")

@@ -62,7 +62,7 @@ FLAGS = {
     "clip": ("ratio", CLIPS, "ratio: SPO's; onesided: a losing pair keeps its gradient (ours)"),
     "clip_range": (0.1, "(0, 1)", "c of the clamp of X to [1-c, 1+c]"),
     "log_ratio": ("mean", REDUCE, "log X over the latent; sum is the paper's X, mean is SPO's"),
-    "model": ("auto", None, "auto, toy, a diffusers folder or a hub id"),
+    "model": ("auto", None, "auto, toy, a diffusers folder, a single checkpoint or a hub id"),
     "judge": ("step_aware", ("auto", "none", *JUDGES), "which model scores; auto: the default"),
     "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
@@ -291,6 +291,7 @@ def set_up(args, device, world):
         args.mixed_precision = "bf16" if device.startswith("cuda") else "no"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     dtype = dtypes[args.mixed_precision]
+    make_folder(args.output_dir, only_look=True)  # before anything is downloaded
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if not args.pairs:
         path = find_training_prompts(args.model, args.prompts, args.weights)

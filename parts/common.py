@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -116,11 +117,14 @@ def write_file(path, data):
         raise UserError(f"cannot write {path} ({cause.strerror}): {fix}") from error
 
 
-def make_folder(path, flag="--output_dir"):
+def make_folder(path, flag="--output_dir", only_look=False):
     """Creates a folder. Raises UserError, naming the flag, if it cannot be written to."""
     try:
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
+        there = path
+        while only_look and not os.path.lexists(there):
+            there = os.path.dirname(os.path.abspath(there))
+        os.makedirs(there, exist_ok=True)
+        if not os.access(there, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
         why = f"cannot write to {path!r} ({error.strerror}): choose another {flag}"
@@ -204,6 +208,8 @@ def read_prompts(path, numbered=False):
             elif kind in (".csv", ".tsv"):
                 tab = "\t" if kind == ".tsv" else ","
                 items = list(csv.DictReader(io.StringIO(content), delimiter=tab))
+            elif re.match(r'\s*(\[\s*[{"]|\{\s*")', content):  # its lines would be no prompts
+                raise ValueError("but JSON: name it .json or .jsonl")
         if not isinstance(items, list):
             raise TypeError("not a list")
         prompts = [" ".join(prompt_of(item).split()) for item in items]
@@ -214,6 +220,7 @@ def read_prompts(path, numbered=False):
         raise UserError(f"cannot read prompts file {path!r} ({error.strerror})") from error
     except Exception as error:  # of JSON, csv and pyarrow
         expected = {".json": "a JSON list of strings or of objects", ".jsonl": "JSON lines"}
+        expected[".txt"] = "a text file, or a table"
         what = expected.get(kind, f"a {kind} table")
         raise UserError(f"{path!r} is not {what} with caption or prompt ({error})") from error
     while prompts and not prompts[-1]:

@@ -6,8 +6,9 @@ import os
 import torch
 
 from parts.common import UserError
+from parts.hub import MODEL, first_line, from_hub
 from parts.model import decode, decode_batch, in_slices, latent_shape
-from parts.weights import first_line, hub_out_of_reach
+from parts.weights import has_weights
 
 
 def make_fast(pipe, judge, unet_batches, judge_batch):
@@ -50,9 +51,10 @@ def load_preview(where, pipe):
     """
     from diffusers import AutoencoderTiny
 
-    offline = os.path.isdir(where) or hub_out_of_reach()
     try:
-        vae = AutoencoderTiny.from_pretrained(where, dtype=pipe.vae.dtype, local_files_only=offline)
+        folder = where if os.path.isdir(where) else from_hub(where, MODEL, has_weights)
+        options = dict(dtype=pipe.vae.dtype, local_files_only=True)
+        vae = AutoencoderTiny.from_pretrained(folder, **options)
         vae.requires_grad_(False).eval().to(pipe.unet.device)
         latents = torch.zeros(1, *latent_shape(pipe), device=pipe.unet.device)
         sizes = [decode(pipe, latents, v).shape for v in (vae, pipe.vae)]

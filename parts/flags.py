@@ -6,6 +6,8 @@ import os
 from parts.common import Parser, UserError, read_json
 from parts.weights import TOY, read_train_json, resolve_model
 
+# kept as whole paths where such a path is there, so that a run knows its files from anywhere
+PATHS = ("model", "prompts", "pairs", "weights", "preview_decoder", "cache_dir")
 NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
 
 
@@ -19,9 +21,17 @@ def build_parser(flags, description):
         kind = type(default)
         if default is None:
             kind = float if allowed else str
+        if name in PATHS:
+            kind = whole_path
         text = text.replace("%", "%%") + (" (default: %(default)s)" if default is not None else "")
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
+
+
+def whole_path(word):
+    """auto, toy, a hub id and the like stay as they are."""
+    is_path = os.path.exists(word) and word not in ("auto", "toy", "hpdv2")
+    return os.path.abspath(word) if is_path else word
 
 
 def parse(argv, description, flags, sections, free_on_resume):
@@ -48,7 +58,8 @@ def parse(argv, description, flags, sections, free_on_resume):
     args.model = "toy" if where == TOY else where
     if args.output_dir is None:
         alpha = f"{args.alpha:g}" if args.alpha is not None else ""
-        name = os.path.basename(where.rstrip("/")) + f"-{args.div}{alpha}"
+        name = os.path.basename(where.rstrip("/")).removesuffix(".safetensors")
+        name += f"-{args.div}{alpha}"
         args.output_dir = os.path.join("out", name + ("-pairs" if args.pairs else ""))
     if args.resume:
         args = resumed_args(parser, argv, args.output_dir, flags, free_on_resume)

@@ -12,9 +12,10 @@ from parts.common import UserError
 
 # image K of prompt P: P_K.png, P/K.png, P.png; sample.py names P_seedK.png, GenEval P/samples/K.png
 PLACE = r"(\d+)(?:(?:_|/|_seed|/samples/)(\d+))?"
-IMAGE_NAME = re.compile(PLACE + r"\.(?:png|jpe?g|webp)", re.IGNORECASE)
+IMAGE_NAME = re.compile(PLACE + r"\.(?:png|jpe?g|webp|bmp|tiff?)", re.IGNORECASE)
 # may lie beside images
-NOTES = re.compile(r"\..*|.*\.(txt|md|csv|json|jsonl)|grid\.png", re.IGNORECASE)
+NOTES = r"\..*|.*\.(txt|md|csv|json|jsonl|log|ya?ml)|grid\.png|Thumbs\.db|desktop\.ini"
+NOTES = re.compile(NOTES, re.IGNORECASE)
 
 
 def list_images(folder):

@@ -8,6 +8,7 @@ leave as they are. Written, beside our own file: kohya's, which ComfyUI and A111
 import json
 import math
 import os
+import re
 
 import torch
 from safetensors import safe_open
@@ -29,16 +30,20 @@ def read_lora(path, tensors):
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     state = {}
-    for name, tensor in tensors.items():  # peft's names, which diffusers leaves alone
-        name = name.removeprefix("base_model.model.").replace(".default.", ".")
-        for part in ("lora_A.", "lora_B."):
-            if part in name and not name.startswith(("unet.", "text_encoder.")):
-                name = f"unet.{name}"
+    for name, tensor in tensors.items():
+        if name.endswith(("dora_scale", "lora_magnitude_vector")):  # diffusers drops the former
+            raise UserError(f"{path} is a DoRA ({name}): only plain LoRA is read here")
+        # peft's names, which diffusers leaves alone: in front, and with the adapter's own name
+        name = name.removeprefix("base_model.model.")
+        name = re.sub(r"(lora_[AB])\.\w+\.weight", r"\1.weight", name)
+        if re.match(r"(down|mid|up)_block", name):
+            name = f"unet.{name}"
         state[name] = tensor
     try:
         state, alphas = StableDiffusionPipeline.lora_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path} holds no LoRA that diffusers knows ({error})") from error
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} holds no LoRA that diffusers knows ({why})") from error
     for name in state:
         if not name.startswith("unet."):
             if "lora" not in name:

@@ -10,6 +10,7 @@ policy.save("out/run")                      # diffusers' pipe.load_lora_weights(
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,42 +28,27 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention of the UNet
 def load_pipeline(model, device="cpu", dtype=torch.float32):
     """A StableDiffusionPipeline, frozen, with a DDIM scheduler that is fit for training.
 
-    model: a diffusers folder, a hub id, "toy" or "auto". dtype: of the weights; a dict such as
-    {"default": torch.bfloat16, "unet": torch.float32} names parts. Only safetensors are read.
+    model: a diffusers folder, a single-file checkpoint, a hub id, "toy" or "auto". dtype: of the
+    weights; a dict such as {"default": torch.bfloat16, "unet": torch.float32} names parts.
     Raises UserError for a missing, incomplete, damaged or unsuitable model.
     """
     weights.silence_libraries()
-    import diffusers
-    from transformers import CLIPTextModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    where, _ = weights.resolve_model(model)
-    is_folder = os.path.isdir(where)
-    if is_folder:
-        weights.check_folder(where)
-    elif os.path.exists(where) or where.startswith((".", "/", "~")) or where.count("/") != 1:
-        raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
-    offline = is_folder or weights.hub_out_of_reach()
-    options = dict(local_files_only=offline, use_safetensors=True, low_cpu_mem_usage=False)
-    parts = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
-    parts |= dict(requires_safety_checker=False)
-    try:
-        place = dict(subfolder="scheduler", local_files_only=offline)
-        config = diffusers.DDIMScheduler.load_config(where, **place)
-        parts |= dict(scheduler=weights.ddim_scheduler(config))
-        classes = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
-        for name, cls in (classes | {"text_encoder": CLIPTextModel}).items():
-            # each by itself: from_pretrained of the whole would make up a tensor that is missing
-            its_dtype = dtype
-            if isinstance(dtype, dict):
-                its_dtype = dtype.get(name, dtype["default"])
-            parts[name] = weights.load_part(cls, where, name, dtype=its_dtype, **options)
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(where, **options, **parts)
-    except UserError:
-        raise
-    except Exception as error:  # hub, disk and config errors come as a dozen types
-        hint = "check the folder" if is_folder else "is the id right and the hub in reach?"
-        raise UserError(f"cannot load {where!r}: {hint} ({weights.first_line(error)})") from error
-    weights.check_shape(pipe, where)
+    folder, file = weights.find_model(model)
+    scheduler = weights.read_config(f"{folder}/scheduler", "scheduler_config.json")
+    parts = dict(scheduler=weights.ddim_scheduler(scheduler))
+    parts["tokenizer"] = weights.read_tokenizer(CLIPTokenizer, f"{folder}/tokenizer")
+    classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    checkpoint = weights.read_state(file) if file else None
+    for name, cls in classes.items():
+        its_dtype = dtype
+        if isinstance(dtype, dict):
+            its_dtype = dtype.get(name, dtype["default"])
+        parts[name] = weights.load_part(cls, folder, name, its_dtype, checkpoint, file)
+    nobody = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**parts, **nobody)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval().to(device)
     # or every step would copy it, and wait for the copy
@@ -198,7 +184,10 @@ def policy_file(path):
     for candidate in [path, *(os.path.join(path, name) for name in names)]:
         if os.path.isfile(candidate):
             return candidate
-    return None
+    # a LoRA of any name, if it is the only one, but for the copy in kohya's names
+    others = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_lora_weights.bin")]
+    others = [str(file) for file in others if file.name != lora.KOHYA_FILE]
+    return others[0] if len(others) == 1 and len(names) > 1 else None
 
 
 def load_policy(unet, path):
@@ -210,6 +199,8 @@ def load_policy(unet, path):
     if file is None:
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
     state = weights.read_state(file)
+    if any(".base_layer." in name for name in state):  # accelerate's: UNet and LoRA in one file
+        state = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     # a LoRA leaves the convolutions alone: with this one the file is a whole UNet
     if "conv_in.weight" in state:
         policy = Policy(unet, full=True)
@@ -219,10 +210,6 @@ def load_policy(unet, path):
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
         policy = Policy(unet, {name: len(A) for name, (A, _) in layers.items()})
-    # NaN would paint black pictures, and be scored as pictures
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{file}: {name} is not finite: its pictures would be black")
     policy.load_state(state, file)
     # for painting alone: nothing trains
     unet.requires_grad_(False)
@@ -254,6 +241,9 @@ def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
     options = dict(max_length=text_length(pipe), padding="max_length", truncation=True)
     ids = pipe.tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # (N, 77)
+    if ids.max() >= pipe.text_encoder.config.vocab_size:  # a word of textual inversion
+        word = pipe.tokenizer.decode(ids.max())
+        raise UserError(f"the text encoder has no embedding of {word!r}, a word of its tokenizer")
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
 
 

@@ -55,7 +55,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
             notes["left out, ties (label 0.5 or null)"] += 1
             continue
         winner, loser = [encode_once(image, pipe, folder) for image in images]
-        if None in (winner, loser):
+        if not caption or None in (winner, loser):
             bad.append(where)
         elif winner == loser:
             notes["left out, pairs of an image with itself"] += 1
@@ -65,7 +65,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
                 notes[f"captions of more than {longest} tokens, cut there"] += 1
     if bad:
         rows = ", ".join(bad[:5])
-        what = f"pairs with images missing, damaged or too large: {len(bad)} ({rows})"
+        what = f"pairs with no caption or images missing, damaged or too large: {len(bad)} ({rows})"
         if not skip_bad:
             raise UserError(f"{path}: {what}: mend them, or --skip_bad leaves them out")
         print(f"left out, {what}")
@@ -141,7 +141,11 @@ def records(path):
     files = [*path.glob("pairs.csv"), *path.glob("pairs.jsonl")]
     if len(files) == 2:
         raise UserError(f"{path} has a pairs.csv and a pairs.jsonl: remove one")
-    for file in files or parquet_files(path) or [path]:
+    files = files or parquet_files(path)
+    if not files and path.is_dir():
+        hint = "of .arrow files to_parquet makes one"
+        raise UserError(f"{path} is a folder without pairs ({hint}): give {NEEDED}")
+    for file in files or [path]:
         where = file
         try:
             for number, row in enumerate(read_rows(file), 1):
@@ -155,7 +159,8 @@ def records(path):
 
 def parquet_files(path):
     """Of a data set's folder, or of data/ in it: where there are splits, train-* alone."""
-    files = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    # macOS leaves ._* beside files
+    files = sorted(path.glob("[!.]*.parquet")) or sorted(path.glob("data/[!.]*.parquet"))
     train = [file for file in files if re.match("train[-_.]", file.name)]
     others = [file for file in files if re.match("(val|dev|test)", file.name)]
     if others and not train:
@@ -172,7 +177,7 @@ def read_rows(path):
             from pyarrow.parquet import ParquetFile
 
             parquet, columns = ParquetFile(file), ["caption", *PICK_A_PIC]
-            if "chosen" in parquet.schema_arrow.names:  # prompt, chosen, rejected: TRL's
+            if "jpg_0" not in parquet.schema_arrow.names:  # such as TRL's
                 columns = None
             for batch in parquet.iter_batches(16, columns=columns):
                 yield from (batch.rename_columns(PICK_A_PIC) if columns else batch).to_pylist()
@@ -184,13 +189,21 @@ def read_rows(path):
 
 
 def to_record(row, folder):
-    """(caption, [winner, loser], weight); an image as its Path or the file's bytes."""
+    """(caption, [winner, loser], weight); an image as its Path or the file's bytes, the caption ""
+    where there is none."""
     cells = {column.strip().lower(): cell for column, cell in row.items()}
-    caption = " ".join((cells.get("prompt") or cells["caption"]).split())
+    columns = []  # of caption, winner and loser
+    for names in (("prompt", "caption"), ("winner", "chosen"), ("loser", "rejected")):
+        there = [name for name in names if name in cells]
+        if not there:
+            raise ValueError(f"its columns are {', '.join(cells)}")
+        columns.append(there[0])
+    caption = cells[columns[0]] or cells.get("caption")
+    caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     caption.encode()  # half a surrogate pair, which JSON can hold, is no text
     images = []
-    for name, other in (("winner", "chosen"), ("loser", "rejected")):
-        cell = cells[name] if name in cells else cells[other]
+    for column in columns[1:]:
+        cell = cells[column]
         if isinstance(cell, dict):  # so the hub's Image type writes it
             cell = cell.get("bytes")
         if isinstance(cell, str):  # a path, perhaps of Windows
@@ -198,8 +211,8 @@ def to_record(row, folder):
         images.append(cell)
     label = cells.get("label", "")
     label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
-    if not caption or not 0 <= label <= 1:
-        raise ValueError("no caption, or a label outside [0, 1]")
+    if not 0 <= label <= 1:
+        raise ValueError("a label outside [0, 1]")
     if label < 0.5:
         images.reverse()
     return caption, images, abs(2 * label - 1)

@@ -1,52 +1,27 @@
-"""Weights and prompts: find them in a folder or on the hub, download once, read and build strictly.
+"""Weights and prompts: found in a folder or on the hub (parts/hub.py), read and built strictly.
 
 A folder of weights (--weights DIR) has one subfolder per hub id, named by its last part, as
 `hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir DIR/HPSv2` makes it; single files may
 lie in DIR itself. Files are safetensors, or torch files of which only tensors are ever unpickled.
 """
 
-import glob
-import hashlib
+import functools
+import logging
 import os
 import re
-import socket
 import sys
 import warnings
 import zipfile
-from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from parts import hub
 from parts.common import UserError, read_json
+from parts.hub import WeightsMissing, find_url, first_line, from_hub
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
-SPO_PROMPTS_URL = (
-    "https://raw.githubusercontent.com/RockeyCoss/SPO/main/"
-    "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
-)
-SPO_PROMPTS_SHA256 = "804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4"
-
-
-class WeightsMissing(UserError):
-    """Weights that cannot be had here: not in the folder, or not downloaded and no hub in reach."""
-
-
-def hub_out_of_reach():
-    """True if only earlier downloads can be used; asked first, so that nobody waits for retries."""
-    from huggingface_hub import constants
-
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or hub.scheme in getproxies():
-        return constants.HF_HUB_OFFLINE  # behind a proxy only the real request can tell
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
-        return False
-    except OSError:
-        return True
 
 
 def find(repo, file=None, weights=None, repo_type="model"):
@@ -54,57 +29,22 @@ def find(repo, file=None, weights=None, repo_type="model"):
 
     weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at.
     """
-    name = repo.split("/")[-1]
     command = f"hf download {repo} {file or ''} --repo-type {repo_type}"
     if weights:
-        folder = os.path.join(weights, name)
+        folder = os.path.join(weights, repo.split("/")[-1])
         places = [os.path.join(folder, file), os.path.join(weights, file)] if file else [folder]
         for place in places:
             if os.path.exists(place):
                 return place
         raise WeightsMissing(f"{places[0]} is not there: {command} --local-dir {folder}")
-    from huggingface_hub import hf_hub_download, snapshot_download
+    if file is None:
+        return from_hub(repo, hub.MODEL, has_weights)
 
-    offline = hub_out_of_reach()
-    options = dict(repo_type=repo_type, local_files_only=offline)
-    try:
-        if file:
-            return hf_hub_download(repo, file, **options)
-        for kind in ("*.safetensors", "*.bin"):  # many hold both, twice the download
-            wanted = dict(allow_patterns=["*.json", kind], ignore_patterns=["open_clip*"])
-            folder = snapshot_download(repo, **wanted, **options)
-            if weight_files(folder):
-                return folder
-        raise FileNotFoundError("no weights in it")
-    except Exception as error:  # no network, no such file, no permission: a dozen types
-        why = "not downloaded, and the hub is out of reach" if offline else first_line(error)
-        raise WeightsMissing(f"weights {repo} {file or ''}: {why}: {command}") from error
+    def is_there(folder):
+        return os.path.exists(os.path.join(folder, file))
 
-
-def find_url(url, weights=None, sha256=None):
-    """Path of a file from a plain address, kept where torch.hub keeps its downloads."""
-    name = unquote(url.split("/")[-1])
-    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
-    command = f"curl -L -o '{path}' '{url}'"
-    if not os.path.exists(path):
-        if weights:
-            raise WeightsMissing(f"{path} is not there: {command}")
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, progress=False)
-        except OSError as error:
-            raise WeightsMissing(f"cannot download {name} ({error}): {command}") from error
-    if sha256:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(f"{path} is another file (its checksum differs): {command}")
-    return path
-
-
-def first_line(error):
-    """The first line of what an exception says, or its type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
+    folder = from_hub(repo, re.escape(file), is_there, repo_type, command)
+    return os.path.join(folder, file)
 
 
 def read_state(path):
@@ -116,8 +56,10 @@ def read_state(path):
         mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a damaged archive
-        why = f"damaged, or a pickle that runs code ({type(error).__name__}: {first_line(error)})"
-        raise UserError(f"{path} cannot be read as pure weights: {why}") from error
+        why = what_it_is(path)
+        if not path.endswith(".safetensors") and "pickle" in why:
+            why = "is damaged, or a pickle that runs code"
+        raise UserError(f"{path} {why} ({type(error).__name__})") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
@@ -127,10 +69,20 @@ def read_state(path):
 
 def weight_files(folder):
     """The shards of a model's folder, as safetensors if there are any."""
-    pattern = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
-    names = sorted(name for name in os.listdir(folder) if pattern.fullmatch(name))
+    form = r"(diffusion_)?(pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(name for name in there if re.fullmatch(form, name))
     safe = [name for name in names if name.endswith(".safetensors")]
-    return [os.path.join(folder, name) for name in safe or names]
+    full = [name for name in safe or names if ".fp16." not in name]
+    return [os.path.join(folder, name) for name in full or safe or names]
+
+
+def has_weights(folder):
+    """Whether all shards are there, with their configuration."""
+    files = weight_files(folder)
+    shards = re.search(r"-of-(\d+)", files[0]) if files else None
+    count = int(shards[1]) if shards else 1
+    return len(files) >= count and os.path.exists(os.path.join(folder, "config.json"))
 
 
 def read_folder(folder):
@@ -144,22 +96,45 @@ def read_folder(folder):
     return state
 
 
-def read_config(folder):
-    return read_json(os.path.join(folder, "config.json"), "download it again")
+def read_config(folder, name="config.json"):
+    return read_json(os.path.join(folder, name), "copy it there again")
+
+
+def has_vocabulary(folder):
+    """Whether a tokenizer's words are there: without them its class would take any text, and make
+    the same token of every word."""
+    there = [name for name in os.listdir(folder) if os.path.getsize(os.path.join(folder, name))]
+    return {"vocab.json", "merges.txt"} <= set(there) or any(
+        name in there for name in ("tokenizer.json", "vocab.txt", "spiece.model")
+    )
 
 
 def load_tokenizer(cls, repo, weights=None):
-    where = find(repo, None, weights) if weights else repo
+    if weights:
+        return read_tokenizer(cls, find(repo, None, weights))
+    return read_tokenizer(cls, from_hub(repo, hub.TOKENIZER, has_vocabulary))
+
+
+def read_tokenizer(cls, folder):
+    """Raises WeightsMissing unless it has words, and the merges that make them of letters."""
     try:
-        return cls.from_pretrained(where, local_files_only=bool(weights) or hub_out_of_reach())
-    except Exception as error:
-        hint = f"hf download {repo} --exclude '*.bin' '*.safetensors'"
-        hint += f" --local-dir {where}" if weights else ""
-        raise WeightsMissing(f"no tokenizer at {where}: {hint}") from error
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+        words, merges = len(tokenizer) - len(tokenizer.all_special_tokens), None
+        if os.path.exists(os.path.join(folder, "merges.txt")):
+            with open(os.path.join(folder, "merges.txt"), "rb") as file:
+                merges = len(file.readlines())  # about one a word
+        if words <= 0 or (merges is not None and merges < words / 2) or not has_vocabulary(folder):
+            raise ValueError("words or merges are missing")
+    except Exception as error:  # a dozen types
+        files = "tokenizer.json, or vocab.json and merges.txt, vocab.txt or spiece.model"
+        why = f"{folder} has no whole tokenizer ({first_line(error)})"
+        raise WeightsMissing(f"{why}: copy {files} there again") from error
+    return tokenizer
 
 
 def check_keys(expected, state, path):
-    """Raises UserError unless the two {name: tensor} have the same names and shapes."""
+    """Raises UserError unless the two {name: tensor} have the same names and shapes, and the second
+    holds finite numbers: others would paint black pictures, and be scored as pictures."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             what = f"lacks {name}"
@@ -168,6 +143,8 @@ def check_keys(expected, state, path):
         elif expected[name].shape != state[name].shape:
             shape, wanted = tuple(state[name].shape), tuple(expected[name].shape)
             what = f"has {name} of shape {shape}, not {wanted}"
+        elif not state[name].isfinite().all():
+            raise UserError(f"{path}: {name} is not finite: copy it again, or train it anew")
         else:
             continue
         raise UserError(f"{path} {what}: is it for this model?")
@@ -215,10 +192,21 @@ def find_training_prompts(model, path=None, weights=None):
     where, _ = resolve_model(model)
     path = path or find_prompts(where)
     if path is None and where == SD15:
-        path = find_url(SPO_PROMPTS_URL, weights, SPO_PROMPTS_SHA256)
+        path = find_url(hub.SPO_PROMPTS_URL, weights)
     if path is None:
         raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
     return path
+
+
+def what_it_is(file):
+    """Of a file that holds no weights."""
+    with open(file, "rb") as opened:
+        head = opened.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer: run git lfs pull there"
+    if head.startswith((b"PK", b"\x80")):
+        return "is a pickle, not safetensors: give it its own ending, such as .bin"
+    return "is damaged: copy it again"
 
 
 def silence_libraries():
@@ -230,58 +218,135 @@ def silence_libraries():
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
+    # of missing tensors, which load_part refuses
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
 
 
-def check_folder(folder):
-    """Raises UserError, naming the part, where the libraries would say less (of a tokenizer that is
-    missing: nothing)."""
-    for name in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not os.path.exists(os.path.join(folder, name)):
-            raise UserError(f"model folder {folder!r} lacks {name}: give a whole diffusers folder")
-    for file in glob.glob(os.path.join(glob.escape(folder), "*", "*.safetensors")):
-        try:
-            safe_open(file, "pt")  # reads the header and checks the file's length
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}): copy it again") from error
+# ---- A Stable Diffusion --------------------------------------------------------------------------
+
+CONFIG_FILES = ("model_index.json", "scheduler/scheduler_config.json")
+CONFIG_FILES += ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")
+PARTS = ("unet", "vae", "text_encoder")
 
 
-def load_part(cls, where, name, **options):
-    """A part of a model, every tensor of it. The libraries would make up one that is missing, and
-    only warn. Raises UserError, naming the first tensor that is not as it should be."""
-    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    files = [os.path.basename(f) for f in glob.glob(f"{glob.escape(where)}/{name}/*.safetensors")]
-    if files and all(".fp16." in file for file in files):
-        options["variant"] = "fp16"  # a folder that holds nothing else
+def has_configs(folder):
+    return all(os.path.exists(os.path.join(folder, name)) for name in CONFIG_FILES)
+
+
+def is_whole_model(folder):
+    return has_configs(folder) and all(has_weights(os.path.join(folder, part)) for part in PARTS)
+
+
+def find_configs(where):
+    """The folder of a model's configurations: where itself, or a hub id's, some kilobytes."""
+    return where if os.path.isdir(where) else from_hub(where, hub.CONFIGS, has_configs)
+
+
+def find_model(model):
+    """(folder, None) of a whole model; of a single-file checkpoint (a folder with configurations
+    for it, the file). What kind it is of is checked before weights are downloaded.
+
+    Raises UserError, naming the part, for a folder that is not whole or of another kind of model.
+    """
+    where, _ = resolve_model(model)
+    if os.path.isfile(where):
+        folder = os.path.dirname(os.path.abspath(where))
+        if not has_configs(folder):  # so it does not lie in a whole model's folder
+            folder = find_configs(SD15)
+        check_kind(folder, where)
+        return folder, where
+    if os.path.isdir(where):
+        for name in (*CONFIG_FILES, *PARTS):
+            path = os.path.join(where, name)
+            if not os.path.exists(path) or (name in PARTS and not has_weights(path)):
+                what = f"{name}'s weights" if name in PARTS else name
+                raise UserError(
+                    f"model folder {where!r} lacks {what}: give a whole diffusers folder"
+                )
+        check_kind(where, where)
+        return where, None
+    if where.startswith((".", "/", "~")) or where.count("/") != 1:
+        raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
+    check_kind(find_configs(where), where)
+    return from_hub(where, hub.PIPELINE, is_whole_model), None
+
+
+def check_kind(folder, where):
+    """Raises UserError for a model that is not of Stable Diffusion 1's kind, by its configurations:
+    one text encoder, latents of the VAE's channels, noise predicted, nothing distilled."""
+    unet, vae, text_encoder = (read_config(os.path.join(folder, part)) for part in PARTS)
+    scheduler = read_config(os.path.join(folder, "scheduler"), "scheduler_config.json")
+    width, latent = unet.get("cross_attention_dim"), vae.get("latent_channels", 4)
+    if unet.get("addition_embed_type") or width != text_encoder.get("hidden_size", 512):
+        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
+    if unet.get("time_cond_proj_dim"):
+        raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
+    if unet.get("in_channels", 4) != latent:
+        channels = f"UNet {unet['in_channels']} channels, VAE {latent}"
+        raise UserError(f"{where!r} is not a text-to-image model: {channels}")
+    kind = scheduler.get("_class_name", "")
+    if "FlowMatch" in kind or "EDM" in kind:  # their noise levels are others
+        raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise UserError(f"only models that predict noise (epsilon) work here, not {prediction}")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError("with zero-SNR betas the first x_t holds no signal, and X has no noise")
+
+
+def load_part(cls, folder, name, dtype, checkpoint=None, file=None):
+    """A part of a model, frozen, every tensor of it. The libraries would make up one that is
+    missing, and only warn. checkpoint: what a single file holds, or None. Raises UserError."""
+    if checkpoint:
+        return convert_part(cls, checkpoint, f"{file} ({name})", folder, name, dtype)
+    path = os.path.join(folder, name)
+    files = weight_files(path)
+    options = dict(output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True)
+    options |= dict(use_safetensors=files[0].endswith(".safetensors"), low_cpu_mem_usage=False)
+    options["variant"] = "fp16" if ".fp16." in files[0] else None
     try:
-        part, info = cls.from_pretrained(where, subfolder=name, **options)
-    except Exception as error:  # a dozen types, which do not name the part
-        raise OSError(f"{name}: {first_line(error)}") from error
+        part, info = cls.from_pretrained(folder, subfolder=name, dtype=dtype, **options)
+    except Exception as error:  # a dozen types, which do not name the file
+        for file in files:
+            read_state(file)  # which names a damaged one
+        raise UserError(f"cannot load {path} ({first_line(error)}): copy it again") from error
     faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
     for kind, what in faults.items():
         for tensor in sorted(map(str, info[f"{kind}_keys"])):
-            raise UserError(f"{where}/{name} {what} {tensor}: copy the model again")
-    for tensor, value in part.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"{where}/{name}: {tensor} is not finite: copy the model again")
+            raise UserError(f"{path} {what} {tensor}: copy the model again")
+    check_keys(part.state_dict(), part.state_dict(), path)
     return part
 
 
+def convert_part(cls, checkpoint, file, folder, name, dtype):
+    """A part of a single-file checkpoint in diffusers' names, by diffusers' own conversion."""
+    from diffusers.loaders import single_file_utils
+
+    config = read_config(os.path.join(folder, name))
+    if name == "text_encoder":
+        make = functools.partial(cls, cls.config_class(**config))
+        state = single_file_utils.convert_ldm_clip_checkpoint(checkpoint)
+        state.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ...
+        with torch.device("meta"):
+            is_flat = not hasattr(make(), "text_model")  # as of transformers 5.6
+        if is_flat:
+            state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    else:
+        make = functools.partial(cls.from_config, config)
+        convert = getattr(single_file_utils, f"convert_ldm_{name}_checkpoint")
+        state = convert(checkpoint, config)
+    return build(make, state, file, "cpu", dtype)
+
+
 def ddim_scheduler(config):
-    """A DDIM scheduler from any scheduler's config, corrected aloud, or UserError.
+    """A DDIM scheduler from any scheduler's config, corrected aloud.
 
     set_alpha_to_one and steps_offset 0 would make the last step's std 0, and log X infinite;
     "leading" is what t - T // num_steps assumes; clipped samples are not the Gaussian's.
     """
     from diffusers import DDIMScheduler
 
-    kind = config.get("_class_name", "")
-    if "FlowMatch" in kind or "EDM" in kind:  # their noise levels are others
-        raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction != "epsilon" or config.get("rescale_betas_zero_snr"):
-        why = f"not {prediction}, nor with zero-SNR"
-        raise UserError(f"only noise-predicting models (prediction_type epsilon) work here: {why}")
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
     needed |= dict(steps_offset=1, timestep_spacing="leading")
     for name, value in needed.items():
@@ -289,14 +354,3 @@ def ddim_scheduler(config):
         if config.get(name, value) != value:
             print(f"scheduler corrected: {name} {config[name]} -> {value}", file=sys.stderr)
     return DDIMScheduler.from_config({**config, **needed})
-
-
-def check_shape(pipe, where):
-    unet, vae = pipe.unet.config, pipe.vae.config
-    if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
-        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
-    if unet.time_cond_proj_dim:
-        raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
-    if unet.in_channels != vae.latent_channels:
-        channels = f"UNet {unet.in_channels} channels, VAE {vae.latent_channels}"
-        raise UserError(f"{where!r} is not a text-to-image model: {channels}")

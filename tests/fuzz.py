@@ -185,7 +185,7 @@ def write_study(path):
         for epoch, metric, prompt in itertools.product(epochs, metrics, range(2)):
             value = f"{epoch + rng.normal():.6g}"
             rows.append(["published", div, seed, epoch, metric, prompt, value, "0123abcd"])
-    write_csv(path, study.HEADER, rows)
+    write_csv(path, study.Row._fields, rows)
 
 
 def fork(folder, act):

@@ -299,8 +299,8 @@ def test_the_papers_rows(evaluate_):
 
 def test_images_as_people_name_them(tmp_path):
     """cases.md 14 and 9: sample.py's own folder, GenEval's; a name is told from damage."""
-    names = "000_seed5.png 00001/samples/0002.png 2_0.jpg 3/1.webp 4.PNG".split()
-    for name in [*names, "grid.png", "000_final.png"]:
+    names = "000_seed5.png 00001/samples/0002.png 2_0.jpg 3/1.webp 4.PNG 5_0.tif".split()
+    for name in [*names, "grid.png", "000_final.png", "Thumbs.db", "run.log"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found, strange = list_images(tmp_path)
@@ -308,11 +308,32 @@ def test_images_as_people_name_them(tmp_path):
     for p in found:
         for k, path in found[p].items():
             places[p, k] = path.relative_to(tmp_path).as_posix()
-    assert places == dict(zip([(0, 5), (1, 2), (2, 0), (3, 1), (4, 0)], names))
+    assert places == dict(zip([(0, 5), (1, 2), (2, 0), (3, 1), (4, 0), (5, 0)], names))
     assert [path.name for path in strange] == ["000_final.png"]
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "5.tif")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "6.tif")
     with pytest.raises(UserError, match="floating-point"):
-        read_image(tmp_path / "5.tif")
+        read_image(tmp_path / "6.tif")
+
+
+def test_folders_of_a_prompt_may_be_links(tmp_path):
+    """cases.md 16."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.png").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "7").symlink_to(tmp_path / "elsewhere")
+    found, strange = list_images(tmp_path / "images")
+    assert found.keys() == {7} and not strange
+
+
+def test_images_that_differ_by_their_turn_alone(evaluate_, folder):
+    """cases.md 15: upright, one is as wide as the other is high."""
+    picture = Image.fromarray(np.arange(40 * 48 * 3, dtype=np.uint8).reshape(40, 48, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "0_0.png")
+    picture.save(folder / "0_1.png", exif=exif)
+    code, _, err = evaluate_(folder, "--judges", "none", "--metrics", "rmse")
+    assert code == 2 and "rmse needs one size" in last_line(err)
 
 
 def test_sd15_is_known_by_its_shape(micro, tmp_path):
@@ -585,7 +606,7 @@ def test_missing_weights_are_a_visible_cell(evaluate_, folder, home, tmp_path):
     code, out, err = evaluate_(folder, "--weights", empty, *flags)
     assert code == 2 and "hf download xswu/HPSv2" in last_line(err)
     code, out, err = evaluate_(folder, "--judges", "pickscore", "--metrics", "none")
-    assert code == 2 and "the hub is out of reach: hf download" in last_line(err)
+    assert code == 2 and "the hub is out of reach): is the id right?" in last_line(err)
 
 
 def test_skip_bad_scores_the_rest(evaluate_, folder, home):
@@ -658,7 +679,7 @@ BAD = [
     ),
     (nothing, ["--device", "abacus"], "unknown device"),
     (nothing, ["--batch_size", 0], "--batch_size must lie"),
-    (nothing, ["--prompts", "hpdv2"], "ymhao/HPDv2 test.json: not downloaded"),
+    (nothing, ["--prompts", "hpdv2"], "ymhao/HPDv2 cannot be had (not downloaded"),
     (nothing, ["--prompts", "nowhere.txt"], "cannot read prompts file"),
 ]
 

@@ -27,6 +27,19 @@ def test_defaults_are_spos():
     assert train.FLAGS["gradient_accumulation_steps"][0] == 4
 
 
+def test_a_run_knows_its_files_from_anywhere(tmp_path, monkeypatch):
+    """cases.md 16: a relative path is one of the folder that it was given in."""
+    (tmp_path / "my.txt").write_text("a sun")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = parsed("--model", "model", "--prompts", "my.txt", "--weights", "not/here")
+    assert args.model == str(tmp_path / "model") and args.prompts == str(tmp_path / "my.txt")
+    assert args.weights == "not/here" and args.output_dir == "out/model-js"
+    (tmp_path / "toy").mkdir()  # a name, whatever lies here
+    assert parsed("--model", "toy").model == "toy"
+    assert parsed("--model", "some/model").model == "some/model"
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A model's folder that brings defaults of its own."""

@@ -110,7 +110,7 @@ def test_a_scheduler_whose_last_step_is_silent_is_corrected_aloud(micro, tmp_pat
     "wrong, words",
     [
         (dict(prediction_type="v_prediction"), "not v_prediction"),
-        (dict(rescale_betas_zero_snr=True), "zero-SNR"),
+        (dict(rescale_betas_zero_snr=True), "^with zero-SNR betas"),
     ],
 )
 def test_unsuitable_schedulers_are_refused(micro, tmp_path, wrong, words):
@@ -164,6 +164,182 @@ def test_folders_as_people_have_them(micro, tmp_path):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
     assert latent_shape(load_pipeline(str(folder))) == (4, 64, 64)
+
+
+NOT_WEIGHTS = {
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "a pickle": b"PK\x03\x04 and so on",
+    "damaged": b"\x00\x01",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+def test_what_lies_in_place_of_weights_is_told(micro, tmp_path, kind):
+    folder = shutil.copytree(micro, tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(NOT_WEIGHTS[kind])
+    with pytest.raises(UserError, match=f"{re.escape(str(file))} is {kind}"):
+        load_pipeline(str(folder))
+
+
+def test_a_word_that_the_text_encoder_does_not_know(micro):
+    """huggingface/transformers#12763: a placeholder of textual inversion, not embedded."""
+    pipe = load_pipeline(micro)
+    pipe.tokenizer.add_tokens("<cat-toy>")
+    with pytest.raises(UserError, match="no embedding of '<cat-toy>'"):
+        encode_prompts(pipe, ["a <cat-toy> on a hill"])
+
+
+# ---- A single-file checkpoint --------------------------------------------------------------------
+
+
+def sd1_shaped(folder):
+    """SD1.5's blocks, a hundredth of its width, with the toy's tokenizer."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from toy import make
+
+    torch.manual_seed(0)
+    words = make.tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    narrow = dict(block_out_channels=(8, 8, 16, 16), norm_num_groups=8)
+    unet = dict(cross_attention_dim=16, attention_head_dim=8, sample_size=8)
+    vae = dict(latent_channels=4, layers_per_block=2)
+    vae |= dict(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4
+    )
+    sampler = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(**narrow, **unet),
+        vae=diffusers.AutoencoderKL(**narrow, **vae),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words,
+        scheduler=diffusers.DDIMScheduler(**sampler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+# names of diffusers -> of CompVis's checkpoints, by hand, the other way round than diffusers
+INSIDE = {
+    r"norm1\.": "in_layers.0.",
+    r"conv1\.": "in_layers.2.",
+    r"norm2\.": "out_layers.0.",
+    r"conv2\.": "out_layers.3.",
+    r"time_emb_proj\.": "emb_layers.1.",
+    r"conv_shortcut\.": "skip_connection.",
+}
+AROUND = {
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+}
+
+
+def compvis_unet(name):
+    place = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name)
+    if not place:
+        old = next(old for old in AROUND if name.startswith(old))
+        new, rest = AROUND[old], name.removeprefix(old)
+        kind = "resnets" if "resnets" in old else ""
+    else:
+        side, block, kind, j, rest = place.groups()
+        last = "samplers" in kind  # stands behind a block's two, or three, others
+        number = 3 * int(block) + (2 if last else int(j)) + (1 if side == "down" else 0)
+        slots = {"resnets": 0, "attentions": 1, "downsamplers": 0}
+        slot = slots.get(kind, 1 if block == "0" else 2)
+        rest = rest.replace("conv.", "op.") if kind == "downsamplers" else rest
+        new = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{slot}."
+    if kind == "resnets":
+        for old, other in INSIDE.items():
+            rest = re.sub(f"^{old}", other, rest)
+    return f"model.diffusion_model.{new}{rest}"
+
+
+def compvis_vae(name):
+    for old, new in {
+        r"mid_block\.resnets\.0": "mid.block_1",
+        r"mid_block\.resnets\.1": "mid.block_2",
+        r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+        r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+        r"mid_block\.attentions\.0\.to_": "mid.attn_1.",
+        r"down_blocks\.(\d)\.resnets": r"down.\1.block",
+        r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+        r"conv_norm_out": "norm_out",
+        r"conv_shortcut": "nin_shortcut",
+    }.items():
+        name = re.sub(old, new, name)
+    up = re.match(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers)\.?(\d?)(.*)", name)
+    if up:
+        block, kind, j, rest = up.groups()
+        inner = f"block.{j}" if kind == "resnets" else "upsample"
+        name = f"decoder.up.{3 - int(block)}.{inner}{rest}"
+    return f"first_stage_model.{name}"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """(a diffusers folder, the same weights as one file in CompVis's names)."""
+    folder = tmp_path_factory.mktemp("sd1")
+    sd1_shaped(folder / "folder")
+    state = {}
+    for name, x in load_file(folder / "folder/unet/diffusion_pytorch_model.safetensors").items():
+        state[compvis_unet(name)] = x
+    for name, x in load_file(folder / "folder/vae/diffusion_pytorch_model.safetensors").items():
+        is_attention = "attentions" in name and x.ndim == 2
+        state[compvis_vae(name)] = x[:, :, None, None] if is_attention else x
+    for name, x in load_file(folder / "folder/text_encoder/model.safetensors").items():
+        name = "text_model." + name.removeprefix("text_model.")
+        state[f"cond_stage_model.transformer.{name}"] = x
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[
+        None
+    ]
+    state["model_ema.decay"] = torch.ones(())
+    save_file(state, folder / "folder" / "v1-5-pruned.safetensors")
+    return folder / "folder", folder / "folder" / "v1-5-pruned.safetensors"
+
+
+def test_a_single_file_is_the_model_of_its_folder(single):
+    folder, file = single
+    expected, pipe = load_pipeline(str(folder)), load_pipeline(str(file))
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(expected, part).state_dict()
+        for name, tensor in getattr(pipe, part).state_dict().items():
+            assert torch.equal(tensor, theirs[name]), name
+    text = encode_prompts(pipe, ["a sun"])
+    assert torch.equal(text, encode_prompts(expected, ["a sun"]))
+
+
+@pytest.mark.parametrize("part", ("model.diffusion_model", "first_stage", "cond_stage"))
+def test_a_single_file_that_is_not_whole_is_refused(single, part, tmp_path):
+    folder, file = single
+    state = load_file(file)
+    del state[[name for name in state if name.startswith(part) and "position" not in name][3]]
+    own = shutil.copytree(folder, tmp_path / "own")
+    save_file(state, own / "cut.safetensors")
+    with pytest.raises(UserError, match="cut.safetensors .* lacks"):
+        load_pipeline(str(own / "cut.safetensors"))
+
+
+def test_a_single_file_alone_needs_sd15s_configurations(single, tmp_path):
+    _, file = single
+    shutil.copy(file, tmp_path)
+    with pytest.raises(UserError, match="stable-diffusion-v1-5 cannot be had"):
+        load_pipeline(str(tmp_path / file.name))
 
 
 KINDS = ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler")

@@ -93,6 +93,9 @@ PEFTS = {
     ".default.": lambda s: renamed(
         s, ("lora_A.", "lora_A.default."), ("lora_B.", "lora_B.default.")
     ),
+    ".default_0.": lambda s: renamed(
+        s, ("lora_A.", "lora_A.default_0."), ("lora_B.", "lora_B.default_0.")
+    ),
     "peft": lambda s: {"base_model.model." + k.removeprefix("unet."): v for k, v in s.items()},
 }
 
@@ -137,6 +140,14 @@ BAD = {
         lambda s: s | {f"{first(s)}.lora_magnitude_vector": torch.ones(4)},
         "only plain LoRA is read",
     ),
+    "DoRA in kohya's names": (
+        lambda s: kohya(s, 4.0) | {"lora_unet_conv_in.dora_scale": torch.ones(4)},
+        "is a DoRA",
+    ),
+    "LoHa": (
+        lambda s: {f"lora_unet_{i}.hada_w1_a": torch.zeros(1) for i in range(999)},
+        "holds no LoRA",
+    ),
     "NaN": (
         lambda s: s | {f"{first(s)}.lora_A.weight": torch.full((4, 16), math.nan)},
         "not finite",
@@ -151,8 +162,40 @@ def test_what_cannot_be_held_is_said(micro, own, tmp_path, fault):
     change, words = BAD[fault]
     file = tmp_path / "lora.safetensors"
     save_file(change(own), file)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         load_policy(load_pipeline(micro).unet, str(file))
+    assert len(str(error.value)) < 500
+
+
+def without_prefix(own):
+    return {k.removeprefix("unet."): v for k, v in processors(own).items()}
+
+
+def with_its_unet(own):
+    """accelerate's checkpoint-N/model.safetensors: peft's UNet, base weights and LoRA in one."""
+    state = {k.removeprefix("unet."): v for k, v in PEFTS[".default."](own).items()}
+    return state | {f"{first(own).removeprefix('unet.')}.base_layer.weight": torch.zeros(16, 16)}
+
+
+FOLDERS = {
+    "d3po's": ("pytorch_lora_weights.bin", without_prefix),
+    "another name": ("spo_lora.safetensors", lambda s: s),
+    "accelerate's": ("model.safetensors", with_its_unet),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_with_one_lora_of_another_name(micro, own, tmp_path, kind):
+    """RockeyCoss/SPO#24, yk7333/d3po#18, diffusers#6252."""
+    name, change = FOLDERS[kind]
+    save = torch.save if name.endswith(".bin") else save_file
+    save(change(own), tmp_path / name)
+    policy = load_policy(load_pipeline(micro).unet, str(tmp_path))
+    for key, tensor in policy.state().items():
+        assert torch.equal(tensor, own[key])
+    (tmp_path / name).rename(tmp_path / KOHYA_FILE)  # a copy, of a run whose own file is gone
+    with pytest.raises(UserError, match="no LoRA at"):
+        load_policy(load_pipeline(micro).unet, str(tmp_path))
 
 
 def test_a_run_writes_kohyas_names_too(micro, tmp_path):

@@ -529,7 +529,7 @@ WHAT_IS_NEEDED = "its columns prompt (or caption), winner, loser and, if any, la
 BAD = {
     "nowhere": (lambda folder: folder / "nowhere", "No such file or directory"),
     "an image": (lambda folder: folder / A, "give a folder with pairs.csv, pairs.jsonl"),
-    "no table": (lambda folder: os.remove(folder / "pairs.csv"), "Is a directory"),
+    "no table": (lambda folder: os.remove(folder / "pairs.csv"), "is a folder without pairs"),
     "two tables": (write("pairs.jsonl", "{}"), "a pairs.csv and a pairs.jsonl: remove one"),
     "other names": (write("pairs.csv", "text,good,bad\na,b,c\n"), WHAT_IS_NEEDED),
     "only a header": (rows_of(), "holds no pair that can be trained on"),
@@ -543,7 +543,7 @@ BAD = {
     "label yes": (rows_of(f"a sun,{A},{B},yes"), WHAT_IS_NEEDED),
     "label nan": (rows_of(f"a sun,{A},{B},nan"), WHAT_IS_NEEDED),
     "no loser": (rows_of(f"a sun,{A},,1"), "missing, damaged or too large: 1 (row 1 of"),
-    "no prompt": (rows_of(f"  ,{A},{B},1"), WHAT_IS_NEEDED),
+    "no prompt": (rows_of(f"  ,{A},{B},1"), "pairs with no caption or images"),
     "not UTF-8": (write("pairs.csv", b"prompt,winner,loser\n\xff\xfe\x00,b,c\n"), "utf-8"),
     "cut images": (
         cut,
@@ -551,11 +551,20 @@ BAD = {
     ),
     "HTML": (write("images/00002_a.png", b"<html>"), "too large: 1 (row 3 of"),
     "not Parquet": (no_parquet, "Parquet magic bytes not found"),
-    "other Parquet columns": (parquet(OTHER_COLUMNS), "Column 'jpg_0' not found"),
+    "other Parquet columns": (parquet(OTHER_COLUMNS), "its columns are caption, image"),
+    "other columns": (write("pairs.csv", "prompt,good,bad\n"), "holds no pair"),
+    "other columns, a row": (
+        write("pairs.csv", "prompt,good,bad\na,b,c\n"),
+        "are prompt, good, bad",
+    ),
     "names in Parquet": (parquet(NAMES_INSIDE), "too large: 1 (row 1 of"),
     "no image in Parquet": (parquet(NO_IMAGE), "too large: 1 (row 1 of"),
     "null in Parquet": (parquet(NULL_IMAGE), "too large: 1 (row 1 of"),
-    "no caption in Parquet": (parquet(NO_CAPTION), WHAT_IS_NEEDED),
+    "no caption in Parquet": (parquet(NO_CAPTION), "pairs with no caption or images"),
+    "a caption that is a list": (
+        json_lines('{"prompt": ["a"], "winner": "b", "loser": "c"}'),
+        "pairs with no caption or images",
+    ),
     "no JSON": (json_lines('{"prompt": "a"'), "Expecting ',' delimiter"),
     "surrogate": (json_lines('{"prompt": "\\ud800", "winner": "b", "loser": "c"}'), "\\ud800"),
     "a list": (json_lines("[1]\n"), "row 1 of"),
@@ -594,7 +603,9 @@ def test_skip_bad_leaves_their_pairs_out(pipe, pair_folder, cache, tmp_path, cap
     cut(folder)
     data = open_pairs(folder, pipe, cache, skip_bad=True)
     out = capsys.readouterr().out
-    assert len(data) == 9 and "left out, pairs with images missing, damaged or " in out
+    assert (
+        len(data) == 9 and "left out, pairs with no caption or images missing, damaged or " in out
+    )
     assert f"too large: 3 (row 1 of {folder / 'pairs.csv'}, row 5 of " in out
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import overshoot, shake
 from PIL import Image
 
+from parts.common import UserError
 from parts.model import Policy, load_pipeline
 from sample import generate, paint, seed_of
 
@@ -62,6 +63,13 @@ def test_generate_clamps_what_the_vae_overshoots(pipe, monkeypatch):
     expected = (raw[0] / 2 + 0.5).clamp(0, 1)
     assert not torch.equal(expected, raw[0] / 2 + 0.5)
     torch.testing.assert_close(images, expected)
+
+
+def test_no_black_picture(pipe):
+    """A weight with a flipped exponent is finite, its picture is not (tests/fuzz.py)."""
+    pipe.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e38
+    with pytest.raises(UserError, match="a picture is not finite"):
+        generate(pipe, ["a sun"], [0], num_steps=2)
 
 
 def test_progress_comes_after_every_step_and_adds_up_to_the_images(pipe):

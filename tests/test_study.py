@@ -121,7 +121,7 @@ def made_up(rows, seeds=6, noise=0.01, **slopes):
                 move = {"taste": 1}.get(metric, slopes.get(metric.replace(" ", "_"), 0))
                 end = move(div, gain) if callable(move) else move * gain
                 end += noise * (rng.normal() + RNG((9, seed)).normal())
-                metrics[metric] = {e: np.full(4, 1 + end * e / EPOCHS[-1]) for e in EPOCHS}
+                metrics[metric] = np.array([[1 + end * e / EPOCHS[-1]] * 4 for e in EPOCHS])
             runs.setdefault(div, {})[str(seed)] = metrics
     return Outcome(runs)
 
@@ -172,9 +172,18 @@ def test_one_seed_tells_nothing_and_missing_rows_are_said():
     assert "'js' is not there" in text
 
 
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_rows_without_a_common_seed_tell_nothing():
+    runs = made_up({"rkl": 5.0, "js": 6.0}, seeds=1).runs
+    text = stats.report(
+        {"published": Outcome(runs | {"js": {"1": runs["js"]["0"]}})}, study.SETTINGS, ""
+    )
+    assert text.count("cannot be told") == 6 and "rkl, js x 0 seeds: p nan" in text
+
+
 def test_equal_taste_interpolates_the_first_crossing():
-    assert stats.first_crossing([0, 3, 6, 9], [1, 2, 4, 3], 3) == 4.5
-    assert stats.first_crossing([0, 3, 6, 9], [1, 5, 2, 6], 3) == 1.5
+    assert stats.at_level(3, [1, 2, 4, 3], [0, 3, 6, 9]) == 4.5
+    assert stats.at_level(3, [1, 5, 2, 6], [0, 3, 6, 9]) == 1.5
     # along straight paths the value at a level of taste is the same, however fast the row
     o = made_up({"rkl": 5.0, "js": 10.0}, noise=0, rmse=-0.1, fsim=lambda d, g: g * (d == "js"))
     head, _, titles, _, rkl, js, *_ = stats.at_equal_taste(o, 0.5).splitlines()
@@ -235,23 +244,23 @@ def write_made_up_table(folder, rows, seeds=2):
     for div, of_seeds in outcome.runs.items():
         for seed, metrics in of_seeds.items():
             for metric, path in metrics.items():
-                for epoch, values in path.items():
+                for epoch, values in zip(EPOCHS, path):
                     key = ("published", div, seed) if epoch else ("published", "original", "")
                     for p, value in enumerate(values):
                         line = (*key, str(epoch), metric, str(p))
                         lines[line] = (*line, f"{value:.6g}", "d1")
     folder.mkdir()
-    study.common.write_csv(folder / "runs.csv", study.HEADER, lines.values())
+    study.common.write_csv(folder / "runs.csv", study.Row._fields, lines.values())
     return outcome
 
 
 def test_report_reads_the_table_alone(command, tmp_path):
     written = write_made_up_table(tmp_path / "s", ROWS | {"alpha0.4": 5.5})
-    runs = study.by_setting(study.read_rows(tmp_path / "s" / "runs.csv"))
-    assert runs["published"].keys() == {"rkl", "fkl", "js", "alpha0.4"}
-    assert runs["matched"].keys() == {"rkl", "fkl", "alpha0.4"}  # js was not run there
+    outcomes = study.read_outcomes(tmp_path / "s" / "runs.csv")
+    assert outcomes["published"].runs.keys() == {"rkl", "fkl", "js", "alpha0.4"}
+    assert outcomes["matched"].runs.keys() == {"rkl", "fkl", "alpha0.4"}  # js was not run there
     for div in ROWS:
-        table = Outcome(runs["published"]).table("rmse", [div])
+        table = outcomes["published"].table("rmse", [div])
         assert np.allclose(table, written.table("rmse", [div]), rtol=1e-5)
     flags = ["--report", "--settings", "published", "--output_dir", tmp_path / "s"]
     code, out, err = command("study.py", *flags)

@@ -286,7 +286,7 @@ def test_bad_pairs_are_one_line(command, pair_run, unpainted, pair_folder, tmp_p
     assert "No such file" in refused(command, tmp_path, *pair_run(tmp_path / "nowhere"))
     flags = ["--skip_bad", "--max_train_steps", 1, "--output_dir", tmp_path / "r"]
     code, out, err = command("train.py", *pair_run(folder), *flags)
-    assert code == 0 and "left out, pairs with images missing, damaged" in out, err
+    assert code == 0 and "left out, pairs with no caption or images missing, damaged" in out, err
 
 
 @pytest.mark.parametrize(
