@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from parts import common, diversity, weights
 from parts.common import UserError
@@ -105,7 +106,8 @@ def main():
     for row in rows:
         common.make_folder(f"{row.folder}/scores")
         if row.model:
-            paint(row, prompts, choose_sampler(args, rows), args)
+            with FileLock(f"{row.folder}/.lock"):  # another judge's call finds all painted
+                paint(row, prompts, choose_sampler(args, rows), args)
         row.stamp = f"# of images {digest(row.files.values(), [*row.files, prompts])}"
     not_run = {}  # metric -> why
     for name in metrics:
@@ -115,7 +117,8 @@ def main():
             if name in args.judges + args.metrics:
                 raise
             not_run[name] = str(error)  # its cells will say so
-    write_tables(rows, args.output_dir, not_run)
+    with FileLock(f"{args.output_dir}/.lock"):  # or tables of fewer columns might come last
+        write_tables(rows, args.output_dir, not_run)
     print(f"In {args.output_dir}: table2.md, table3.md, summary.csv, tradeoff.png, images, scores")
     peak = common.peak_gb(args.device) or np.nan
     print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")

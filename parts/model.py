@@ -47,6 +47,10 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
         if isinstance(dtype, dict):
             its_dtype = dtype.get(name, dtype["default"])
         parts[name] = weights.load_part(cls, folder, name, its_dtype, checkpoint, file)
+    words = max(parts["tokenizer"].get_vocab().values()) + 1
+    known = parts["text_encoder"].config.vocab_size
+    if words > known:
+        raise UserError(f"{folder}: tokenizer of {words} words, text_encoder of {known}: copy both")
     nobody = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(**parts, **nobody)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):

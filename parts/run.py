@@ -73,6 +73,9 @@ class Run:
             who = config.get("process", "another process")
             fix = "wait for it, or take another --output_dir"
             raise UserError(f"{who} trains in {self.folder!r}: {fix}") from error
+        there = os.path.exists(os.path.join(self.folder, "config.json"))
+        if there and not self.config["args"]["resume"]:  # since the flags were read
+            raise UserError(f"{self.folder!r} already holds a run: take another --output_dir")
 
     def check_digest(self):
         saved = read_json(os.path.join(self.folder, "config.json"), "nothing to resume")

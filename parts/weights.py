@@ -6,6 +6,7 @@ lie in DIR itself. Files are safetensors, or torch files of which only tensors a
 """
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from parts.common import UserError, read_json
 from parts.hub import WeightsMissing, find_url, first_line, from_hub
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
+FP16_MAX = 65504
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
 
 
@@ -134,7 +136,7 @@ def read_tokenizer(cls, folder):
 
 def check_keys(expected, state, path):
     """Raises UserError unless the two {name: tensor} have the same names and shapes, and the second
-    holds finite numbers: others would paint black pictures, and be scored as pictures."""
+    holds numbers that fp16 holds: others (a flipped bit) would paint black pictures."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             what = f"lacks {name}"
@@ -143,8 +145,9 @@ def check_keys(expected, state, path):
         elif expected[name].shape != state[name].shape:
             shape, wanted = tuple(state[name].shape), tuple(expected[name].shape)
             what = f"has {name} of shape {shape}, not {wanted}"
-        elif not state[name].isfinite().all():
-            raise UserError(f"{path}: {name} is not finite: copy it again, or train it anew")
+        elif not (state[name].abs() <= FP16_MAX).all():  # NaN fails here too
+            what = "is not finite, or beyond what fp16 holds"
+            raise UserError(f"{path}: {name} {what}: copy it again, or train it anew")
         else:
             continue
         raise UserError(f"{path} {what}: is it for this model?")
@@ -218,8 +221,9 @@ def silence_libraries():
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
-    # of missing tensors, which load_part refuses
-    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
+    # of missing tensors, which load_part refuses; of unknown keys, which say_unknown names
+    for name in ("models.modeling_utils", "configuration_utils"):
+        logging.getLogger(f"diffusers.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
 
 
@@ -279,7 +283,7 @@ def check_kind(folder, where):
     scheduler = read_config(os.path.join(folder, "scheduler"), "scheduler_config.json")
     width, latent = unet.get("cross_attention_dim"), vae.get("latent_channels", 4)
     if unet.get("addition_embed_type") or width != text_encoder.get("hidden_size", 512):
-        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text encoder)")
+        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text_encoder)")
     if unet.get("time_cond_proj_dim"):
         raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
     if unet.get("in_channels", 4) != latent:
@@ -290,7 +294,9 @@ def check_kind(folder, where):
         raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
-        raise UserError(f"only models that predict noise (epsilon) work here, not {prediction}")
+        raise UserError(
+            f"only models that predict noise (epsilon) work here: scheduler {prediction}"
+        )
     if scheduler.get("rescale_betas_zero_snr"):
         raise UserError("with zero-SNR betas the first x_t holds no signal, and X has no noise")
 
@@ -311,12 +317,22 @@ def load_part(cls, folder, name, dtype, checkpoint=None, file=None):
         for file in files:
             read_state(file)  # which names a damaged one
         raise UserError(f"cannot load {path} ({first_line(error)}): copy it again") from error
+    if name != "text_encoder":  # that is transformers', whose configurations hold anything
+        say_unknown(f"{path}/config.json", part.config, cls)
     faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
     for kind, what in faults.items():
         for tensor in sorted(map(str, info[f"{kind}_keys"])):
             raise UserError(f"{path} {what} {tensor}: copy the model again")
     check_keys(part.state_dict(), part.state_dict(), path)
     return part
+
+
+def say_unknown(path, config, *classes):
+    """Names the keys that diffusers ignores: misspelt, or of another version of it."""
+    known = set().union(*(inspect.signature(cls).parameters for cls in classes))
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            print(f"{path}: {key!r} is unknown, and ignored", file=sys.stderr)
 
 
 def convert_part(cls, checkpoint, file, folder, name, dtype):
@@ -345,12 +361,18 @@ def ddim_scheduler(config):
     set_alpha_to_one and steps_offset 0 would make the last step's std 0, and log X infinite;
     "leading" is what t - T // num_steps assumes; clipped samples are not the Gaussian's.
     """
-    from diffusers import DDIMScheduler
+    import diffusers
 
+    ddim = diffusers.DDIMScheduler
+    other = getattr(diffusers, config.get("_class_name", ""), ddim)
+    say_unknown("scheduler_config.json", config, ddim, other)
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
     needed |= dict(steps_offset=1, timestep_spacing="leading")
     for name, value in needed.items():
         # what a config leaves unsaid was no choice (from_config would set clip_sample=True)
         if config.get(name, value) != value:
             print(f"scheduler corrected: {name} {config[name]} -> {value}", file=sys.stderr)
-    return DDIMScheduler.from_config({**config, **needed})
+    scheduler = ddim.from_config({**config, **needed})
+    if not (scheduler.alphas_cumprod > 0).all():
+        raise UserError("scheduler_config.json: its betas leave no signal, or are no numbers")
+    return scheduler
