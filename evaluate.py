@@ -449,7 +449,7 @@ def draw_tradeoff(path, columns, rows):
         for row in rows:
             x, y = row.scores[across], row.scores[judge]
             axes.errorbar(x.mean, y.mean, y.se, x.se, fmt="o", label=row.label)
-    figure.axes[0].legend()
+    figure.axes[0].legend(loc="lower left")  # alignment costs diversity: that corner is free
     common.save_figure(figure, path)
 
 

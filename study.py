@@ -317,7 +317,7 @@ def draw(outcomes, path):
                 label = None  # one a row
         axes.set(title=setting, xlabel="RMSE between images of a prompt (diversity)")
         axes.set_ylabel(outcome.judge)
-        axes.legend()
+        axes.legend(loc="lower left")
     common.save_figure(figure, path)
 
 

@@ -189,11 +189,11 @@ def write_study(path):
 
 
 def fork(folder, act):
-    """The exit code of act() in a forked process that prints to FOLDER.out and .err; -14 after two
+    """The exit code of act() in a forked process that prints to FOLDER.out and .err; -14 after five
     minutes."""
     pid = os.fork()
     if pid == 0:
-        signal.alarm(120)
+        signal.alarm(300)
         os.chdir(folder)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{folder}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
