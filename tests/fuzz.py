@@ -46,7 +46,8 @@ SCRIPTS = {
     f"{module.__name__}.py": module for module in (evaluate, landscape, sample, study, train)
 }
 SMALL = "--num_inference_steps 2 --device cpu --output_dir"
-PAINT = f"sample.py sun --model micro --seeds 0 {SMALL} out"
+LOOK = f"sample.py sun --seeds 0 {SMALL}"
+PAINT = f"{LOOK} out --model micro"
 TRAIN = "train.py --judge taste --sample_batch_size 3 --num_children 2 --first_step 0 --rank 2"
 TRAIN += " --threshold 0 --train_batch_size 2 --gradient_accumulation_steps 2 --images_per_prompt 2"
 TRAIN_PAIRS = f"train.py --judge taste --rank 2 --images_per_prompt 2 --model micro {SMALL} out"
@@ -61,23 +62,24 @@ CASES = [  # kind, files, the program that reads them
         "micro/train.json",
         f"{TRAIN} --max_train_steps 1 --model micro {SMALL} out",
     ),
-    ("model: prompts.txt", "micro/prompts.txt", f"{SCORE} scored micro"),
-    ("LoRA", "loras/*", f"{PAINT} --lora FILE"),
-    ("prompts", "prompts/*", f"{PAINT} --prompts FILE"),
+    ("model: prompts.txt", "micro/prompts.txt", f"{SCORE} scored1 micro"),
+    ("LoRA", "loras1/*", f"{PAINT} --lora FILE"),
+    ("prompts", "prompts1/*", f"{PAINT} --prompts FILE"),
     ("pairs: csv", "of_csv/*.csv of_csv/images/*", f"{TRAIN_PAIRS} of_csv"),
     ("pairs: jsonl", "of_jsonl/*.jsonl", f"{TRAIN_PAIRS} of_jsonl"),
     ("pairs: parquet", "of_parquet/*", f"{TRAIN_PAIRS} of_parquet"),
     (
         "run, resumed",
-        "run/*.*",
-        "train.py --resume --num_epochs 3 --max_train_steps 9 --output_dir run",
+        "run1/*.*",
+        "train.py --resume --num_epochs 3 --max_train_steps 9 --output_dir run1",
     ),
-    ("run, scored", "run/*.json run/pytorch*", f"{SCORE} out run"),
-    ("run, drawn", "run/*.json*", "landscape.py --div js --output_dir out --runs run"),
+    ("run, scored", "run1/*.json run1/pytorch*", f"{SCORE} out run1"),
+    ("run, painted", "run1/*.json run1/pytorch*", f"{LOOK} out --lora run1"),
+    ("run, drawn", "run1/*.json*", "landscape.py --div js --output_dir out --runs run1"),
     ("images", "theirs/*", f"{SCORE} out theirs"),
-    ("scores", "scored/theirs/scores/*", f"{SCORE} scored theirs"),
-    ("scores of a run", "scored/run/*.json scored/run/*/*", f"{SCORE} scored run"),
-    ("runs.csv", "study/runs.csv", "study.py --report --output_dir study --settings published"),
+    ("scores", "scored1/theirs/scores/*", f"{SCORE} scored1 theirs"),
+    ("scores of a run", "scored1/run1/*.json scored1/run1/*/*", f"{SCORE} scored1 run1"),
+    ("runs.csv", "study1/runs.csv", "study.py --report --output_dir study1 --settings published"),
 ]
 CHECKSUMS = (".png", ".pt")
 # of a progress bar; of our own remarks
@@ -130,22 +132,22 @@ def build(world):
     world.mkdir()
     assert fork(world, lambda: write_files(world)) == 0, printed(world)
     for command in (
-        f"{TRAIN} --model micro --num_epochs 2 --eval_interval 1 {SMALL} run",
-        f"{SCORE} scored run",
-        f"{SCORE} scored theirs",
+        f"{TRAIN} --model micro --num_epochs 2 --eval_interval 1 {SMALL} run1",
+        f"{SCORE} scored1 run1",
+        f"{SCORE} scored1 theirs",
     ):
         code, lines, _ = trial(world, command.split())
         assert code == 0, lines
-    (world / "loras").mkdir()
-    shutil.copy(world / "run/kohya.safetensors", world / "loras/kohya.safetensors")
-    shutil.copy(world / "run/pytorch_lora_weights.safetensors", world / "loras/ours.safetensors")
+    (world / "loras1").mkdir()
+    shutil.copy(world / "run1/kohya.safetensors", world / "loras1/kohya.safetensors")
+    shutil.copy(world / "run1/pytorch_lora_weights.safetensors", world / "loras1/ours.safetensors")
 
 
 def write_files(world):
     torch.manual_seed(1)
     pipe = make.make_pipeline(unet_channels=(16, 16), vae_channels=8, hidden=16, sample_size=12)
     pipe.save_pretrained(world / "micro")
-    for folder in ("prompts", "theirs", "study", "of_jsonl", "of_parquet"):
+    for folder in ("prompts1", "theirs", "study1", "of_jsonl", "of_parquet"):
         (world / folder).mkdir()
     defaults = {"learning_rate": 1e-3, "num_eval_prompts": 2, "pairs": {"beta": 1.0}}
     (world / "micro/train.json").write_text(json.dumps(defaults, indent=2))
@@ -171,9 +173,9 @@ def write_files(world):
     texts |= {"tsv": texts["csv"].replace(",", "\t"), "json": json.dumps(rows, indent=1)}
     texts["jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
     for kind, text in texts.items():
-        (world / f"prompts/p.{kind}").write_text(text)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), world / "prompts/p.parquet")
-    write_study(world / "study/runs.csv")
+        (world / f"prompts1/p.{kind}").write_text(text)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), world / "prompts1/p.parquet")
+    write_study(world / "study1/runs.csv")
 
 
 def write_study(path):
@@ -232,7 +234,14 @@ def trial(world, words):
     lines = [line.split("\r")[-1] for line in printed(world).splitlines()]
     lines = [line for line in lines if line.strip() and not NO_FAULT.search(line)]
     paths = [path for path in sorted(output.glob("*.*")) if path.suffix in READERS]
-    return code, lines, {path: path.read_bytes() for path in paths}
+    return code, lines, {path: content(path) for path in paths}
+
+
+def content(path):
+    """A file's bytes; of safetensors those of the tensors alone: metadata come in any order."""
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else 0
+    return data[header:]
 
 
 @functools.cache
