@@ -78,9 +78,12 @@ class Run:
             raise UserError(f"{self.folder!r} already holds a run: take another --output_dir")
 
     def check_digest(self):
-        saved = read_json(os.path.join(self.folder, "config.json"), "nothing to resume")
+        path = os.path.join(self.folder, "config.json")
+        saved = read_json(path, "nothing to resume")
         if saved["digest"] != self.config["digest"]:
-            what = "the prompts, or the pairs or their images, were edited since this run began"
+            what = (
+                f"the prompts, or the pairs or their images, were edited since {path} was written"
+            )
             raise UserError(f"{what}: put them back, or start in another --output_dir")
 
     def save(self, policy, opt, scaler):

@@ -271,7 +271,8 @@ def find_model(model):
         check_kind(where, where)
         return where, None
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
-        raise UserError(f"no model folder {where!r}: give a diffusers folder, or a hub id")
+        fix = "give a diffusers folder, or a hub id, or mend the run's config.json"
+        raise UserError(f"no model folder {where!r}: {fix}")
     check_kind(find_configs(where), where)
     return from_hub(where, hub.PIPELINE, is_whole_model), None
 

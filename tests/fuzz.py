@@ -149,9 +149,9 @@ def write_files(world):
     pipe.save_pretrained(world / "micro")
     for folder in ("prompts1", "theirs", "study1", "of_jsonl", "of_parquet"):
         (world / folder).mkdir()
-    defaults = {"learning_rate": 1e-3, "num_eval_prompts": 2, "pairs": {"beta": 1.0}}
+    defaults = {"learning_rate": 1e-3, "num_eval_prompts": 3, "pairs": {"beta": 1.0}}
     (world / "micro/train.json").write_text(json.dumps(defaults, indent=2))
-    (world / "micro/prompts.txt").write_text("\n".join(PROMPTS[:8]))
+    (world / "micro/prompts.txt").write_text("\n".join(PROMPTS[:9]))
     make.write_pairs(str(world / "of_csv"), 6, 0)
     with open(world / "of_csv/pairs.csv", newline="") as file:
         pairs = list(csv.DictReader(file))

@@ -77,17 +77,17 @@ def two_trainings(folder, rng):
 
 def two_resumed(folder, rng):
     """The same, but where the first has ended already, the second finds nothing to do."""
-    command = "train.py --resume --num_epochs 4 --output_dir run"
+    command = "train.py --resume --num_epochs 4 --output_dir run1"
     codes, printed = both(folder, rng, command, command)
     assert sorted(codes) in ([0, 2], [0, 0]), printed
     for code, text in zip(codes, printed):
         assert "Traceback" not in text and (code == 0 or "trains in" in text), text
-    check_run(folder / "run", 16)
+    check_run(folder / "run1", 16)
 
 
 def two_evaluations(folder, rng):
     """Each with metrics of its own: the tables have the columns of both."""
-    command = f"evaluate.py run --images_per_prompt 2 {fuzz.SMALL} out"
+    command = f"evaluate.py run1 --images_per_prompt 2 {fuzz.SMALL} out"
     first = f"{command} --judges taste --metrics none --batch_size 1"
     second = f"{command} --judges none --metrics rmse entropy_1d --batch_size 3"
     codes, printed = both(folder, rng, first, second)
