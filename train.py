@@ -55,7 +55,7 @@ from sample import collect_pairs, join_pairs, paint
 # train.json, as toy/ does; --help shows the values in force.
 FLAGS = {
     # what to align, and to what
-    "div": ("js", None, "divergence: " + ", ".join(NAMES)),
+    "div": ("js", tuple(NAMES), "divergence: " + ", ".join(NAMES)),
     "alpha": (None, "(0, 1)", "of --div alpha; the paper: 0.2, 0.4, 0.6, 0.8"),
     "beta": (10.0, "(0, inf)", "strength of the divergence in the loss, never rescaled in silence"),
     "match_curvature": (False, None, "divide beta by f''(1): all rows pull alike near X = 1"),

@@ -70,8 +70,9 @@ def parse(argv, description, flags, sections, free_on_resume):
     for name in NOT_WITH_PAIRS:
         if args.pairs and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name} is about sampling pairs: leave it or --pairs out")
+    of_run = f" (of {args.output_dir}/config.json)" if args.resume else ""
     for name, (_, allowed, _) in flags.items():
-        check_range(name, getattr(args, name), allowed)
+        check_range(name + of_run, getattr(args, name), allowed)
     return args, why
 
 

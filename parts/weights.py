@@ -197,7 +197,8 @@ def find_training_prompts(model, path=None, weights=None):
     if path is None and where == SD15:
         path = find_url(hub.SPO_PROMPTS_URL, weights)
     if path is None:
-        raise UserError("this model needs --prompts FILE: a text file with one prompt a line")
+        what = f"{where!r} (of --model, or of the run's config.json)"
+        raise UserError(f"{what} needs --prompts FILE: a text file with one prompt a line")
     return path
 
 
@@ -271,8 +272,8 @@ def find_model(model):
         check_kind(where, where)
         return where, None
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
-        fix = "give a diffusers folder, or a hub id, or mend the run's config.json"
-        raise UserError(f"no model folder {where!r}: {fix}")
+        what = f"no model folder {where!r} (of --model, or of the run's config.json)"
+        raise UserError(f"{what}: give a diffusers folder, or a hub id")
     check_kind(find_configs(where), where)
     return from_hub(where, hub.PIPELINE, is_whole_model), None
 

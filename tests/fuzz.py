@@ -199,7 +199,6 @@ def fork(folder, act):
         os.chdir(folder)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{folder}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         torch.set_num_threads(1)
         code = 1
         try:
@@ -210,6 +209,7 @@ def fork(folder, act):
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
