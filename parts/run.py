@@ -81,10 +81,8 @@ class Run:
         path = os.path.join(self.folder, "config.json")
         saved = read_json(path, "nothing to resume")
         if saved["digest"] != self.config["digest"]:
-            what = (
-                f"the prompts, or the pairs or their images, were edited since {path} was written"
-            )
-            raise UserError(f"{what}: put them back, or start in another --output_dir")
+            what = "the prompts, or the pairs or their images, were edited since this run began"
+            raise UserError(f"{path}: {what}: put them back, or start in another --output_dir")
 
     def save(self, policy, opt, scaler):
         """The policy for others, then all that a bit-for-bit continuation needs."""

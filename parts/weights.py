@@ -297,7 +297,7 @@ def check_kind(folder, where):
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise UserError(
-            f"only models that predict noise (epsilon) work here: scheduler {prediction}"
+            f"scheduler: only models that predict noise (epsilon) work, not {prediction}"
         )
     if scheduler.get("rescale_betas_zero_snr"):
         raise UserError("with zero-SNR betas the first x_t holds no signal, and X has no noise")

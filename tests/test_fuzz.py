@@ -23,7 +23,7 @@ def import_fuzz():
 
 
 def test_some_random_damages():
-    child = Child("fuzz.py", "--trials", 12, "--seed", 1, change=import_fuzz)
+    child = Child("fuzz.py", "--trials", 4, "--seed", 1, change=import_fuzz)
     code, printed = child.wait()
     assert code == 0, printed
 

@@ -327,7 +327,7 @@ def test_evolution_shows_an_epoch_a_frame(tmp_path):
 
 CHOICES = [["--div", n] + (["--alpha", "0.4"] if n == "alpha" else []) for n in NAMES]
 for flag, (_, allowed, _) in train.FLAGS.items():
-    if isinstance(allowed, tuple) and flag != "judge":  # each judge is run in test_judges.py
+    if isinstance(allowed, tuple) and flag not in ("div", "judge"):  # all judges: test_judges.py
         CHOICES += [[f"--{flag}", value] for value in allowed]
 CHOICES += [["--match_curvature"], ["--gradient_checkpointing"], ["--judge", "auto"]]
 CHOICES += [["--guidance_scale", "1"], ["--max_grad_norm", "0"], ["--checkpointing_chunks", "2"]]
