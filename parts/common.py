@@ -148,17 +148,21 @@ def markdown(rows):
     return "".join(lines)
 
 
-def read_json(path, fix):
-    """The object that a JSON file holds. Raises UserError, which ends with `fix`, here and where a
-    key is looked up that is not there."""
+def settings_class(path, fix):
+    """A dict of a JSON file: a key that is looked up and not there is a UserError."""
 
     class Settings(dict):
         def __missing__(self, key):
             raise UserError(f"{path} lacks {key!r}: {fix}")
 
+    return Settings
+
+
+def read_json(path, fix):
+    """The object that a JSON file holds, its Settings. Raises UserError, which ends with `fix`."""
     try:
         with open(path) as file:
-            settings = json.load(file, object_hook=Settings)
+            settings = json.load(file, object_hook=settings_class(path, fix))
         if not isinstance(settings, dict):
             raise ValueError("no object in braces")
         return settings

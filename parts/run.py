@@ -256,12 +256,13 @@ def save_pictures(folder, prompts, reference, images, epoch):
 
 def read_log(folder, kind):
     path, records = os.path.join(folder, "metrics.jsonl"), []
+    fix = "delete that file, and the run goes on without its log"
+    settings = common.settings_class(path, fix)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                records.append(json.loads(line))
+                records.append(json.loads(line, object_hook=settings))
             except ValueError as error:  # JSON's, and UTF-8's
-                fix = "delete that file, and the run goes on without its log"
                 raise UserError(f"{path}, line {number} is damaged ({error}): {fix}") from error
     return [record for record in records if record["kind"] == kind]
 

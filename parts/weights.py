@@ -285,7 +285,7 @@ def check_kind(folder, where):
     scheduler = read_config(os.path.join(folder, "scheduler"), "scheduler_config.json")
     width, latent = unet.get("cross_attention_dim"), vae.get("latent_channels", 4)
     if unet.get("addition_embed_type") or width != text_encoder.get("hidden_size", 512):
-        raise UserError(f"{where!r} is not of Stable Diffusion 1's shape (one text_encoder)")
+        raise UserError(f"{where!r}: unet, text_encoder: not of Stable Diffusion 1's shape")
     if unet.get("time_cond_proj_dim"):
         raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
     if unet.get("in_channels", 4) != latent:

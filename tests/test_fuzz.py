@@ -151,6 +151,12 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder(model):
         load_pipeline(str(model))
 
 
+def test_a_key_that_a_line_of_the_log_lacks(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step"}\n{"qind": "step"}\n')
+    with pytest.raises(common.UserError, match="metrics.jsonl lacks 'kind': delete that file"):
+        run.read_log(tmp_path, "step")
+
+
 def test_a_wrong_value_in_a_runs_config(command, small_run, unpainted, tmp_path):
     out = ["--output_dir", tmp_path / "r"]
     command("train.py", *small_run, "--max_train_steps", 1, *out)
