@@ -118,7 +118,8 @@ def write_file(path, data):
 
 
 def make_folder(path, flag="--output_dir", only_look=False):
-    """Creates a folder. Raises UserError, naming the flag, if it cannot be written to."""
+    """Creates a folder, or only looks whether it could. Raises UserError, naming the flag, if it
+    cannot be written to."""
     try:
         there = path
         while only_look and not os.path.lexists(there):

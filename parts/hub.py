@@ -130,13 +130,12 @@ def find_url(url, weights=None):
     name = unquote(url.split("/")[-1])
     path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
     command = f"curl -L -o '{path}' '{url}'"
+    if weights and not os.path.exists(path):
+        raise WeightsMissing(f"{path} is not there: {command}")
     if os.path.exists(path):
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if weights or digest.startswith(SHA256[name]):
-            return path
-    if weights:
-        raise WeightsMissing(f"{path} is not there: {command}")
+            if weights or hashlib.file_digest(file, "sha256").hexdigest().startswith(SHA256[name]):
+                return path
     print(f"downloading {name} to {path} (TORCH_HOME)", file=sys.stderr, flush=True)
     patience = socket.getdefaulttimeout()
     try:

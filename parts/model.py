@@ -46,10 +46,14 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
         its_dtype = dtype
         if isinstance(dtype, dict):
             its_dtype = dtype.get(name, dtype["default"])
-        parts[name] = weights.load_part(cls, folder, name, its_dtype, checkpoint, file)
+        source = cls, folder, name, its_dtype
+        if file:
+            parts[name] = weights.convert_part(*source, file, checkpoint)
+        else:
+            parts[name] = weights.load_part(*source)
     words = max(parts["tokenizer"].get_vocab().values()) + 1
     known = parts["text_encoder"].config.vocab_size
-    if words > known:
+    if words > known:  # such as textual inversion's, not embedded
         raise UserError(f"{folder}: tokenizer of {words} words, text_encoder of {known}: copy both")
     nobody = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(**parts, **nobody)
@@ -245,9 +249,6 @@ def encode_prompts(pipe, prompts):
     """(N, 77, C) text states, padded to the text encoder's length; longer prompts are cut there."""
     options = dict(max_length=text_length(pipe), padding="max_length", truncation=True)
     ids = pipe.tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # (N, 77)
-    if ids.max() >= pipe.text_encoder.config.vocab_size:  # a word of textual inversion
-        word = pipe.tokenizer.decode(ids.max())
-        raise UserError(f"the text encoder has no embedding of {word!r}, a word of its tokenizer")
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
 
 

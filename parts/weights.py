@@ -6,7 +6,6 @@ lie in DIR itself. Files are safetensors, or torch files of which only tensors a
 """
 
 import functools
-import inspect
 import logging
 import os
 import re
@@ -58,10 +57,7 @@ def read_state(path):
         mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a damaged archive
-        why = what_it_is(path)
-        if not path.endswith(".safetensors") and "pickle" in why:
-            why = "is damaged, or a pickle that runs code"
-        raise UserError(f"{path} {why} ({type(error).__name__})") from error
+        raise UserError(f"{path} {what_it_is(path)} ({type(error).__name__})") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
@@ -136,7 +132,7 @@ def read_tokenizer(cls, folder):
 
 def check_keys(expected, state, path):
     """Raises UserError unless the two {name: tensor} have the same names and shapes, and the second
-    holds numbers that fp16 holds: others (a flipped bit) would paint black pictures."""
+    holds numbers that fp16 holds: others (NaN, a flipped bit) would paint black pictures."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             what = f"lacks {name}"
@@ -145,7 +141,7 @@ def check_keys(expected, state, path):
         elif expected[name].shape != state[name].shape:
             shape, wanted = tuple(state[name].shape), tuple(expected[name].shape)
             what = f"has {name} of shape {shape}, not {wanted}"
-        elif not (state[name].abs() <= FP16_MAX).all():  # NaN fails here too
+        elif state[name].is_floating_point() and not (state[name].abs() <= FP16_MAX).all():
             what = "is not finite, or beyond what fp16 holds"
             raise UserError(f"{path}: {name} {what}: copy it again, or train it anew")
         else:
@@ -208,9 +204,9 @@ def what_it_is(file):
         head = opened.read(40)
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer: run git lfs pull there"
-    if head.startswith((b"PK", b"\x80")):
+    if file.endswith(".safetensors") and head.startswith((b"PK", b"\x80")):
         return "is a pickle, not safetensors: give it its own ending, such as .bin"
-    return "is damaged: copy it again"
+    return "is damaged, or holds more than weights: copy it again"
 
 
 def silence_libraries():
@@ -222,9 +218,8 @@ def silence_libraries():
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
-    # of missing tensors, which load_part refuses; of unknown keys, which say_unknown names
-    for name in ("models.modeling_utils", "configuration_utils"):
-        logging.getLogger(f"diffusers.{name}").setLevel(logging.ERROR)
+    # of missing tensors, which load_part refuses
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
 
 
@@ -266,9 +261,7 @@ def find_model(model):
             path = os.path.join(where, name)
             if not os.path.exists(path) or (name in PARTS and not has_weights(path)):
                 what = f"{name}'s weights" if name in PARTS else name
-                raise UserError(
-                    f"model folder {where!r} lacks {what}: give a whole diffusers folder"
-                )
+                raise UserError(f"model folder {where!r} lacks {what}: give a whole one")
         check_kind(where, where)
         return where, None
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
@@ -296,18 +289,14 @@ def check_kind(folder, where):
         raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
-        raise UserError(
-            f"scheduler: only models that predict noise (epsilon) work, not {prediction}"
-        )
+        raise UserError(f"scheduler: only models that predict noise work, not {prediction}")
     if scheduler.get("rescale_betas_zero_snr"):
         raise UserError("with zero-SNR betas the first x_t holds no signal, and X has no noise")
 
 
-def load_part(cls, folder, name, dtype, checkpoint=None, file=None):
-    """A part of a model, frozen, every tensor of it. The libraries would make up one that is
-    missing, and only warn. checkpoint: what a single file holds, or None. Raises UserError."""
-    if checkpoint:
-        return convert_part(cls, checkpoint, f"{file} ({name})", folder, name, dtype)
+def load_part(cls, folder, name, dtype):
+    """A part of a model's folder, every tensor of it. The libraries would make up one that is
+    missing, and only warn. Raises UserError, naming the first that is not as it should be."""
     path = os.path.join(folder, name)
     files = weight_files(path)
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True)
@@ -319,8 +308,6 @@ def load_part(cls, folder, name, dtype, checkpoint=None, file=None):
         for file in files:
             read_state(file)  # which names a damaged one
         raise UserError(f"cannot load {path} ({first_line(error)}): copy it again") from error
-    if name != "text_encoder":  # that is transformers', whose configurations hold anything
-        say_unknown(f"{path}/config.json", part.config, cls)
     faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
     for kind, what in faults.items():
         for tensor in sorted(map(str, info[f"{kind}_keys"])):
@@ -329,16 +316,9 @@ def load_part(cls, folder, name, dtype, checkpoint=None, file=None):
     return part
 
 
-def say_unknown(path, config, *classes):
-    """Names the keys that diffusers ignores: misspelt, or of another version of it."""
-    known = set().union(*(inspect.signature(cls).parameters for cls in classes))
-    for key in config:
-        if key not in known and not key.startswith("_"):
-            print(f"{path}: {key!r} is unknown, and ignored", file=sys.stderr)
-
-
-def convert_part(cls, checkpoint, file, folder, name, dtype):
-    """A part of a single-file checkpoint in diffusers' names, by diffusers' own conversion."""
+def convert_part(cls, folder, name, dtype, file, checkpoint):
+    """The same of a single-file checkpoint, {name: tensor}, by diffusers' own conversion; folder:
+    of its configurations."""
     from diffusers.loaders import single_file_utils
 
     config = read_config(os.path.join(folder, name))
@@ -354,7 +334,7 @@ def convert_part(cls, checkpoint, file, folder, name, dtype):
         make = functools.partial(cls.from_config, config)
         convert = getattr(single_file_utils, f"convert_ldm_{name}_checkpoint")
         state = convert(checkpoint, config)
-    return build(make, state, file, "cpu", dtype)
+    return build(make, state, f"{file} ({name})", "cpu", dtype)
 
 
 def ddim_scheduler(config):
@@ -363,18 +343,15 @@ def ddim_scheduler(config):
     set_alpha_to_one and steps_offset 0 would make the last step's std 0, and log X infinite;
     "leading" is what t - T // num_steps assumes; clipped samples are not the Gaussian's.
     """
-    import diffusers
+    from diffusers import DDIMScheduler
 
-    ddim = diffusers.DDIMScheduler
-    other = getattr(diffusers, config.get("_class_name", ""), ddim)
-    say_unknown("scheduler_config.json", config, ddim, other)
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)
     needed |= dict(steps_offset=1, timestep_spacing="leading")
     for name, value in needed.items():
         # what a config leaves unsaid was no choice (from_config would set clip_sample=True)
         if config.get(name, value) != value:
             print(f"scheduler corrected: {name} {config[name]} -> {value}", file=sys.stderr)
-    scheduler = ddim.from_config({**config, **needed})
+    scheduler = DDIMScheduler.from_config({**config, **needed})
     if not (scheduler.alphas_cumprod > 0).all():
         raise UserError("scheduler_config.json: its betas leave no signal, or are no numbers")
     return scheduler

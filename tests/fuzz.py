@@ -83,7 +83,7 @@ CASES = [  # kind, files, the program that reads them
 ]
 CHECKSUMS = (".png", ".pt")
 # of a progress bar; of our own remarks
-NO_FAULT = re.compile(r"\d\d:\d\d[<,]|scheduler corrected|is unknown, and ignored|no valid pair")
+NO_FAULT = re.compile(r"\d\d:\d\d[<,]|scheduler corrected|config attributes|no valid pair")
 
 
 def main():

@@ -173,6 +173,28 @@ def test_one_seed_tells_nothing_and_missing_rows_are_said():
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_a_policy_that_paints_one_picture_has_no_psnr(tmp_path):
+    """Its run is in the table all the same, and the report says nothing of what is not there."""
+    table = tmp_path / "runs.csv"
+    for div in ("rkl", "js"):
+        for seed in ("0", "1"):
+            folder = tmp_path / f"{div}{seed}"
+            folder.mkdir()
+            values = {"taste": [1.0, 2.0], **{metric: [0.5, 0.25] for metric in stats.DIVERSITY}}
+            later = {metric: [3.0 + float(seed), 4.0] for metric in values}
+            if div == "js":
+                del later["psnr"]
+            lines = [dict(kind="eval", epoch=e, values=v) for e, v in ((0, values), (3, later))]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / "metrics.jsonl").write_text(text)
+            spec = study.Spec("published", div, seed, "digest", "", folder)
+            study.add_rows(spec, table, "digest")
+    assert len(study.read_rows(table)) == 5 * 7 * 2
+    text = stats.report(study.read_outcomes(table), study.SETTINGS, "")
+    assert "| js | 2 | +2.25" in text and text.count("rkl, js x 2 seeds") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 def test_rows_without_a_common_seed_tell_nothing():
     runs = made_up({"rkl": 5.0, "js": 6.0}, seeds=1).runs
     text = stats.report(
