@@ -92,7 +92,7 @@ class Child:
             return self.process.exitcode, file.read()
 
 
-def ranks(*argv, n=2, change=None, kill=None):
+def ranks(*argv, n=2, change=None, kill=None, environment=None):
     """The same command as n ranks, as torchrun would start them; [(exit code, output)] by rank.
 
     kill: of the last rank.
@@ -103,7 +103,7 @@ def ranks(*argv, n=2, change=None, kill=None):
     children = []
     for rank in range(n):
         world = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
-        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) | (environment or {})
         last = kill if rank == n - 1 else None
         children.append(Child(*argv, change=change, environment=world, kill=last))
     return [child.wait() for child in children]
