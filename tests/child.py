@@ -97,9 +97,7 @@ def ranks(*argv, n=2, change=None, kill=None, environment=None):
 
     kill: of the last rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(n):
         world = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
@@ -107,3 +105,9 @@ def ranks(*argv, n=2, change=None, kill=None, environment=None):
         last = kill if rank == n - 1 else None
         children.append(Child(*argv, change=change, environment=world, kill=last))
     return [child.wait() for child in children]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
