@@ -257,9 +257,8 @@ def paint(row, prompts, sampler, args):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(*key) for key in batch]
-            settings = dict(num_steps=sampler["num_inference_steps"], progress=bar.update)
-            settings |= dict(guidance=sampler["guidance_scale"], batch_size=len(batch))
-            images = generate(pipe, captions, seeds, **settings)
+            options = dict(batch_size=len(batch), progress=bar.update)
+            images = generate(pipe, captions, seeds, *sampler.values(), **options)
             for key, image in zip(batch, images):
                 common.write_png(common.to_pil(image), row.files[key])
 
@@ -282,8 +281,7 @@ def digest(paths, more):
     """Of the bytes of some files, and of what repr says of more."""
     total = hashlib.sha256(repr(more).encode())
     for path in paths:
-        if os.path.getsize(path):  # an empty file cannot be mapped
-            total.update(np.memmap(path, mode="r"))
+        total.update(Path(path).read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -338,21 +336,19 @@ def load_metric(name, prompts, args):
 def measure(name, metric, images, prompt):
     """{column: values} of a prompt's images {k: uint8 (H, W, 3)}, or of each two of them. The first
     column says which: k, or "i j"."""
-    if name not in TABLE3:
-        pixels = to_pixels(images.values())
-        text = metric.encode([prompt])[[0] * len(images)]  # a row an image
-        scores = {name: metric(pixels, text)}
-        if prompt and hasattr(metric, "report"):
-            scores |= metric.report(pixels, [prompt] * len(images))
-        return {"images": list(images)} | {
-            column: score.tolist() for column, score in scores.items()
-        }
-    prepare, compare = metric
-    values = {k: prepare(image) for k, image in images.items()}  # what takes long
-    if compare:
-        twos = itertools.combinations(values.items(), 2)
-        values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
-    return {"images": list(values), name: list(values.values())}
+    if name in TABLE3:
+        prepare, compare = metric
+        values = {k: prepare(image) for k, image in images.items()}  # what takes long
+        if compare:
+            twos = itertools.combinations(values.items(), 2)
+            values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
+        return {"images": list(values), name: list(values.values())}
+    pixels = to_pixels(images.values())
+    text = metric.encode([prompt])[[0] * len(images)]  # a row an image
+    columns = {"images": torch.tensor(list(images)), name: metric(pixels, text)}
+    if prompt and hasattr(metric, "report"):
+        columns |= metric.report(pixels, [prompt] * len(images))
+    return {column: values.tolist() for column, values in columns.items()}
 
 
 def write_tables(rows, output_dir, not_run):

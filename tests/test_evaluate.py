@@ -385,9 +385,9 @@ def test_a_run_and_its_original(evaluate_, run, home, micro, monkeypatch):
     # one more image a prompt: only that is painted
     seeds = []
 
-    def note(pipe, prompts, those, **settings):
+    def note(pipe, prompts, those, *sampler, **options):
         seeds.extend(those)
-        return generate(pipe, prompts, those, **settings)
+        return generate(pipe, prompts, those, *sampler, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "generate", note)
