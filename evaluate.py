@@ -3,8 +3,7 @@
     python evaluate.py out/toy-js                a run and its original: both tables, a trade-off
     python evaluate.py out/sd-js out/sd-rkl --judges pickscore hps     more judges can follow later
     python evaluate.py lora.safetensors --model DIR     a LoRA file, of a folder, a hub id or "toy"
-    python evaluate.py my_images --prompts prompts.txt  images of any other method: P_K.png,
-                                       P/K.png or P.png, image K (from 0) of prompt P (from 0)
+    python evaluate.py images --prompts p.txt  image K of prompt P: P_K.png, P/K.png, P.png, from 0
 
 The protocol, as far as the paper states it:
 1. Every model paints K images of every held-out prompt, with seeds that all models share.
@@ -13,9 +12,8 @@ The protocol, as far as the paper states it:
 4. A cell is the mean over the prompts ± their standard deviation (and the mean's standard error).
 
 --output_dir gets table2.md, table3.md, summary.csv, tradeoff.png, and for each model images/ and
-scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed: a
-call that was killed goes on, and several may share the folder, one judge a GPU. (The code of a
-judge is not looked at: delete its CSV when you change yours.)
+scores/METRIC.csv. Only what is missing or out of date is computed: a killed call goes on, several
+may share the folder, one judge a GPU. (A judge's code is not looked at: delete its CSV yourself.)
 """
 
 import csv
@@ -199,10 +197,10 @@ def own_prompts(row):
     """Prompts that the policy was not trained on."""
     path = weights.find_prompts(row.model or row.source)
     prompts = common.read_prompts(path, numbered=not row.model) if path else []
-    if row.model:
-        count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
-        prompts = row.run.get("held_out") or common.hold_out(prompts, count)[1]
-    return prompts
+    if not row.model:
+        return prompts
+    count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
+    return row.run.get("held_out") or common.hold_out(prompts, count)[1]
 
 
 def choose_sampler(args, rows):
@@ -219,22 +217,21 @@ def find_images(row, prompts, args):
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.source} has images of {len(found)} prompts, but there are {count}")
     K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
-    row.files, damaged = {}, []
+    row.files = {}
+    bad = [f"{path} is not named P_K.png" for path in strange]
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            what = f"{row.source} has {len(images)} images {p}_K.png, not {K}"
-            raise UserError(f"{what} (prompts are numbered from 0 on)")
+            raise UserError(f"{row.source} has {len(images)} of {K} images {p}_K.png, from 0_K on")
         for k, path in images:
             try:
                 read_image(path)
                 row.files[p, k] = path
             except UserError as error:
-                damaged.append(error)
-    row.bad_files = len(strange) + len(damaged)
-    for files, fault in ((strange, "not named P_K.png"), (damaged, "no whole images")):
-        if files and not args.skip_bad:
-            raise UserError(f"{len(files)} files are {fault} (--skip_bad), as {files[0]}")
+                bad.append(error)
+    row.bad_files = len(bad)
+    if bad and not args.skip_bad:
+        raise UserError(f"{len(bad)} bad files (--skip_bad leaves them out): {bad[0]}")
 
 
 def paint(row, prompts, sampler, args):
@@ -285,9 +282,6 @@ def digest(paths, more):
     return total.hexdigest()[:16]
 
 
-# ---- Scores: a file a model and a metric, written when the metric is finished --------------------
-
-
 def score(rows, name, prompts, args):
     """Writes scores/<name>.csv of every row where it is not there, or belongs to other images."""
     place = args.weights if name not in TABLE3 or TABLE3[name][1] else ""
@@ -334,8 +328,7 @@ def load_metric(name, prompts, args):
 
 
 def measure(name, metric, images, prompt):
-    """{column: values} of a prompt's images {k: uint8 (H, W, 3)}, or of each two of them. The first
-    column says which: k, or "i j"."""
+    """{column: values} of a prompt's images {k: uint8 (H, W, 3)}; "images" holds k, or "i j"."""
     if name in TABLE3:
         prepare, compare = metric
         values = {k: prepare(image) for k, image in images.items()}  # what takes long
@@ -396,9 +389,8 @@ def make_table(columns, rows, flag, not_run):
         best = better(means) if len(means) > 1 else None  # one row is no contest
         cells = dict.fromkeys(labels, "not run")
         for label, (mean, sd, se, _, left_out) in found.items():
-            cell = f"{mean:#.4g} ± {sd:#.2g}"
-            cell = f"**{cell}**" if mean == best else cell
-            cells[label] = f"{cell} ({se:#.2g})"
+            bold = "**" if mean == best else ""
+            cells[label] = f"{bold}{mean:#.4g} ± {sd:#.2g}{bold} ({se:#.2g})"
             if left_out:
                 notes.append(f"- {name} of {label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):

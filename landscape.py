@@ -172,7 +172,7 @@ def check_theorem4():
     lines = []
     for chain in CHAINS:
         names = chain.split(" < ")
-        steps = [ratio[upper] / ratio[lower] for lower, upper in zip(names, names[1:])]
+        steps = [ratio[upper] / ratio[lower] for lower, upper in itertools.pairwise(names)]
         margins = torch.stack(steps) - 1
         held = (margins > 0).sum()
         count = f"{held:,} of {margins.numel():,} hold, the closest by {margins.min():.1g}"
@@ -233,8 +233,9 @@ def a_line_of_pictures():
 
 def eight_items(rare):
     """(p_ref, reward): rewards 0 to 1 in equal steps, and p_ref of the best is `rare`."""
-    others = torch.full((7,), (1 - rare) / 7, dtype=torch.float64)
-    return torch.cat([others, others.new_tensor([rare])]), torch.linspace(0, 1, 8).double()
+    p_ref = torch.full((8,), (1 - rare) / 7, dtype=torch.float64)
+    p_ref[-1] = rare
+    return p_ref, torch.linspace(0, 1, 8).double()
 
 
 def share_of_the_best(rare, beta, div):

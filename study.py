@@ -307,7 +307,8 @@ def draw(outcomes, path):
     """A panel a setting: judge against RMSE, a line a run from the original on, a colour a row."""
     from matplotlib.figure import Figure
 
-    figure, colours = Figure((4.2 * len(outcomes), 4), layout="constrained"), {}
+    figure = Figure((4.2 * len(outcomes), 4), layout="constrained")
+    colours = {}
     panels = figure.subplots(1, len(outcomes), squeeze=False)[0]
     for axes, (setting, outcome) in zip(panels, outcomes.items()):
         for div, seeds in outcome.runs.items():
