@@ -3,8 +3,7 @@
     python evaluate.py out/toy-js                a run and its original: both tables, a trade-off
     python evaluate.py out/sd-js out/sd-rkl --judges pickscore hps     more judges can follow later
     python evaluate.py lora.safetensors --model DIR     a LoRA file, of a folder, a hub id or "toy"
-    python evaluate.py my_images --prompts prompts.txt  images of any other method: P_K.png,
-                                       P/K.png or P.png, image K (from 0) of prompt P (from 0)
+    python evaluate.py images --prompts p.txt  image K of prompt P: P_K.png, P/K.png, P.png, from 0
 
 The protocol, as far as the paper states it:
 1. Every model paints K images of every held-out prompt, with seeds that all models share.
@@ -13,9 +12,8 @@ The protocol, as far as the paper states it:
 4. A cell is the mean over the prompts ± their standard deviation (and the mean's standard error).
 
 --output_dir gets table2.md, table3.md, summary.csv, tradeoff.png, and for each model images/ and
-scores/METRIC.csv. What is there is not computed again, unless what it depends on has changed: a
-call that was killed goes on, and several may share the folder, one judge a GPU. (The code of a
-judge is not looked at: delete its CSV when you change yours.)
+scores/METRIC.csv. Only what is missing or out of date is computed: a killed call goes on, several
+may share the folder, one judge a GPU. (A judge's code is not looked at: delete its CSV yourself.)
 """
 
 import csv
@@ -199,10 +197,10 @@ def own_prompts(row):
     """Prompts that the policy was not trained on."""
     path = weights.find_prompts(row.model or row.source)
     prompts = common.read_prompts(path, numbered=not row.model) if path else []
-    if row.model:
-        count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
-        prompts = row.run.get("held_out") or common.hold_out(prompts, count)[1]
-    return prompts
+    if not row.model:
+        return prompts
+    count = weights.read_train_json(row.model).get("num_eval_prompts", 32)
+    return row.run.get("held_out") or common.hold_out(prompts, count)[1]
 
 
 def choose_sampler(args, rows):
@@ -219,22 +217,21 @@ def find_images(row, prompts, args):
     if len(found) > count and not args.num_prompts:
         raise UserError(f"{row.source} has images of {len(found)} prompts, but there are {count}")
     K = args.images_per_prompt = args.images_per_prompt or max(map(len, found.values()))
-    row.files, damaged = {}, []
+    row.files = {}
+    bad = [f"{path} is not named P_K.png" for path in strange]
     for p in range(count):
         images = sorted(found.get(p, {}).items())[:K]
         if len(images) < K:
-            what = f"{row.source} has {len(images)} images {p}_K.png, not {K}"
-            raise UserError(f"{what} (prompts are numbered from 0 on)")
+            raise UserError(f"{row.source} has {len(images)} of {K} images {p}_K.png, from 0_K on")
         for k, path in images:
             try:
                 read_image(path)
                 row.files[p, k] = path
             except UserError as error:
-                damaged.append(error)
-    row.bad_files = len(strange) + len(damaged)
-    for files, fault in ((strange, "not named P_K.png"), (damaged, "no whole images")):
-        if files and not args.skip_bad:
-            raise UserError(f"{len(files)} files are {fault} (--skip_bad), as {files[0]}")
+                bad.append(error)
+    row.bad_files = len(bad)
+    if bad and not args.skip_bad:
+        raise UserError(f"{len(bad)} bad files (--skip_bad leaves them out): {bad[0]}")
 
 
 def paint(row, prompts, sampler, args):
@@ -257,9 +254,8 @@ def paint(row, prompts, sampler, args):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
             seeds = [seed_of(*key) for key in batch]
-            settings = dict(num_steps=sampler["num_inference_steps"], progress=bar.update)
-            settings |= dict(guidance=sampler["guidance_scale"], batch_size=len(batch))
-            images = generate(pipe, captions, seeds, **settings)
+            options = dict(batch_size=len(batch), progress=bar.update)
+            images = generate(pipe, captions, seeds, *sampler.values(), **options)
             for key, image in zip(batch, images):
                 common.write_png(common.to_pil(image), row.files[key])
 
@@ -282,12 +278,8 @@ def digest(paths, more):
     """Of the bytes of some files, and of what repr says of more."""
     total = hashlib.sha256(repr(more).encode())
     for path in paths:
-        if os.path.getsize(path):  # an empty file cannot be mapped
-            total.update(np.memmap(path, mode="r"))
+        total.update(Path(path).read_bytes())
     return total.hexdigest()[:16]
-
-
-# ---- Scores: a file a model and a metric, written when the metric is finished --------------------
 
 
 def score(rows, name, prompts, args):
@@ -336,23 +328,20 @@ def load_metric(name, prompts, args):
 
 
 def measure(name, metric, images, prompt):
-    """{column: values} of a prompt's images {k: uint8 (H, W, 3)}, or of each two of them. The first
-    column says which: k, or "i j"."""
-    if name not in TABLE3:
-        pixels = to_pixels(images.values())
-        text = metric.encode([prompt])[[0] * len(images)]  # a row an image
-        scores = {name: metric(pixels, text)}
-        if prompt and hasattr(metric, "report"):
-            scores |= metric.report(pixels, [prompt] * len(images))
-        return {"images": list(images)} | {
-            column: score.tolist() for column, score in scores.items()
-        }
-    prepare, compare = metric
-    values = {k: prepare(image) for k, image in images.items()}  # what takes long
-    if compare:
-        twos = itertools.combinations(values.items(), 2)
-        values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
-    return {"images": list(values), name: list(values.values())}
+    """{column: values} of a prompt's images {k: uint8 (H, W, 3)}; "images" holds k, or "i j"."""
+    if name in TABLE3:
+        prepare, compare = metric
+        values = {k: prepare(image) for k, image in images.items()}  # what takes long
+        if compare:
+            twos = itertools.combinations(values.items(), 2)
+            values = {f"{i} {j}": float(compare(a, b)) for (i, a), (j, b) in twos}
+        return {"images": list(values), name: list(values.values())}
+    pixels = to_pixels(images.values())
+    text = metric.encode([prompt])[[0] * len(images)]  # a row an image
+    columns = {"images": torch.tensor(list(images)), name: metric(pixels, text)}
+    if prompt and hasattr(metric, "report"):
+        columns |= metric.report(pixels, [prompt] * len(images))
+    return {column: values.tolist() for column, values in columns.items()}
 
 
 def write_tables(rows, output_dir, not_run):
@@ -400,9 +389,8 @@ def make_table(columns, rows, flag, not_run):
         best = better(means) if len(means) > 1 else None  # one row is no contest
         cells = dict.fromkeys(labels, "not run")
         for label, (mean, sd, se, _, left_out) in found.items():
-            cell = f"{mean:#.4g} ± {sd:#.2g}"
-            cell = f"**{cell}**" if mean == best else cell
-            cells[label] = f"{cell} ({se:#.2g})"
+            bold = "**" if mean == best else ""
+            cells[label] = f"{bold}{mean:#.4g} ± {sd:#.2g}{bold} ({se:#.2g})"
             if left_out:
                 notes.append(f"- {name} of {label}: {left_out} values nan or inf, left out")
         if len(found) < len(rows):

@@ -172,7 +172,7 @@ def check_theorem4():
     lines = []
     for chain in CHAINS:
         names = chain.split(" < ")
-        steps = [ratio[upper] / ratio[lower] for lower, upper in zip(names, names[1:])]
+        steps = [ratio[upper] / ratio[lower] for lower, upper in itertools.pairwise(names)]
         margins = torch.stack(steps) - 1
         held = (margins > 0).sum()
         count = f"{held:,} of {margins.numel():,} hold, the closest by {margins.min():.1g}"
@@ -191,22 +191,24 @@ def draw_optimum(divs, folder):
     x, p_ref, reward = a_line_of_pictures()
     line.semilogy(x, p_ref, color="0.8", lw=4, label="reference")
     rare = np.geomspace(0.1, 1e-12, 45).tolist()
-    criticals = [optimum.critical_beta(*eight_items(1e-4), div) for div in divs]
-    beta = 0.8 * min([c for c in criticals if c], default=0.5)
+    items = eight_items(1e-4)
+    criticals = [optimum.critical_beta(*items, div) for div in divs]
+    beta = 0.8 * min(filter(None, criticals), default=0.5)
     figures, shares, paths = [], [], []
-    for div, path in zip(divs, optimum.shares_in_training(*eight_items(1e-4), beta, divs)):
+    for div, path in zip(divs, optimum.shares_in_training(*items, beta, divs)):
         log_x, its_beta = optimum.at_expected_reward(2.0, p_ref, reward, div)
-        p = p_ref * log_x.exp()
+        ratio = log_x.exp()
+        p = p_ref * ratio
         sums = p @ reward, p @ log_x, -p_ref @ log_x, torch.special.entr(p).sum()
-        extremes = log_x.min().exp(), log_x.max().exp()
-        figures.append([div.name, its_beta, *(number.item() for number in (*sums, *extremes))])
-        (curve,) = line.semilogy(x, p, label=div.name)
+        numbers = torch.stack([*sums, *ratio.aminmax()])
+        figures.append([div.name, its_beta, *numbers.tolist()])
+        line.semilogy(x, p, label=div.name)
         optima = [share_of_the_best(q, beta, div) for q in rare]
         share.loglog(rare, optima)
-        steps.semilogy(path, color=curve.get_color())
+        (curve,) = steps.semilogy(path)
         end = share_of_the_best(1e-4, beta, div)
         steps.axhline(end, color=curve.get_color(), ls=":")
-        shares += [(div.name, *row) for row in zip(rare, optima)]
+        shares += rows_of(div.name, rare, optima)
         paths += [(div.name, i, s, end) for i, s in enumerate(path) if i % 20 == 0]
     line.set(title="(a) optima $p^*$, all with $E[r]$ = 2", ylim=(1e-9, 1))
     line.set(xlabel="picture $x$; its reward is 0.65 $x$", ylabel="probability")
@@ -231,8 +233,9 @@ def a_line_of_pictures():
 
 def eight_items(rare):
     """(p_ref, reward): rewards 0 to 1 in equal steps, and p_ref of the best is `rare`."""
-    others = torch.full((7,), (1 - rare) / 7, dtype=torch.float64)
-    return torch.cat([others, others.new_tensor([rare])]), torch.linspace(0, 1, 8).double()
+    p_ref = torch.full((8,), (1 - rare) / 7, dtype=torch.float64)
+    p_ref[-1] = rare
+    return p_ref, torch.linspace(0, 1, 8).double()
 
 
 def share_of_the_best(rare, beta, div):
@@ -275,24 +278,13 @@ def largest_eigenvalue(x1, x2, div, beta):
 
 
 def surface_hessian(x1, x2, div, beta):
-    """Second derivatives of eq. 6: (d2L/dX_1^2, d2L/dX_2^2, d2L/dX_1dX_2).
-
-    The loss is l(m) = -log sigmoid(m) of m = beta (f'(X_1) - f'(X_2)), so that by the chain rule
-    L_ij = l'' m_i m_j + l' m_ij with l' = -sigmoid(-m), l'' = sigmoid(m) sigmoid(-m), m_12 = 0.
-    """
-    m = beta * (div.df(x1) - div.df(x2))
-    first = -torch.sigmoid(-m)
-    second = -first * torch.sigmoid(m)
-    m1, m2 = beta * div.d2f(x1), -beta * div.d2f(x2)
-    m11, m22 = beta * third_derivative(x1, div), -beta * third_derivative(x2, div)
-    return second * m1**2 + first * m11, second * m2**2 + first * m22, second * m1 * m2
-
-
-def third_derivative(x, div):
-    """f'''(X), elementwise, by autograd of f'': a divergence of your own need not state it."""
-    x = x.detach().requires_grad_()
-    slope = div.d2f(x) + 0 * x  # 0 * x: an f'' that is constant has a gradient too
-    return torch.autograd.grad(slope.sum(), x)[0]
+    """Second derivatives of eq. 6, (d2L/dX_1^2, d2L/dX_2^2, d2L/dX_1dX_2): autograd of theorem 3's
+    gradient, so that a divergence of your own need not state f'''."""
+    points = [x.detach().requires_grad_() for x in torch.broadcast_tensors(x1, x2)]
+    d1, d2 = surface_gradient(*points, div, beta)
+    d11, d12 = torch.autograd.grad(d1.sum(), points, retain_graph=True)
+    _, d22 = torch.autograd.grad(d2.sum(), points)
+    return d11, d22, d12
 
 
 def largest(function, region, div, beta):
@@ -315,9 +307,9 @@ def zoom(x, i):
 def verdict(found):
     """found: {divergence: its numbers}. In how many of them js is least among the paper's rows."""
     paper = [found[div.name] for div in choose_divergences(PAPER) if div.name in found]
-    least = [min(column) for column in zip(*paper)]
-    wins = sum(number == best for number, best in zip(found["js"], least))
-    return f"Jensen-Shannon is the smoothest of the paper's rows in {wins} of {len(least)} columns"
+    wins = np.equal(found["js"], np.min(paper, axis=0))
+    count = f"{wins.sum()} of {len(wins)}"
+    return f"Jensen-Shannon is the smoothest of the paper's rows in {count} columns"
 
 
 # ---- Real runs -----------------------------------------------------------------------------------

@@ -166,9 +166,9 @@ def where_run(setting, div):
 
 def files_of_a_run():
     """Every file of ours that train.py imports: its code, which digest stands for."""
-    names = ("train", "sample", "loss", "divergences", "toy/world")
+    names = ("train.py", "sample.py", "loss.py", "divergences.py", "toy/world.py")
     parts = set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py"}
-    return [*(HERE / f"{name}.py" for name in names), *sorted(parts)]
+    return [*map(HERE.joinpath, names), *sorted(parts)]
 
 
 def short_hash(value):
@@ -251,10 +251,9 @@ def read_rows(table):
     cells = defaultdict(set)  # {(metric, prompt)} of a run's epoch
     try:
         with open(table, newline="") as file:
-            header, *rows = csv.reader(file)
-        if tuple(header) != Row._fields:
+            header, *rows = itertools.starmap(Row, csv.reader(file))
+        if header != Row._fields:
             raise ValueError(f"its columns are {', '.join(header)}")
-        rows = [Row(*row) for row in rows]
         for row in rows:
             float(row.value)
             cells[row[:4]].add((row.metric, row.prompt))
@@ -308,17 +307,18 @@ def draw(outcomes, path):
     """A panel a setting: judge against RMSE, a line a run from the original on, a colour a row."""
     from matplotlib.figure import Figure
 
-    figure, colours = Figure((4.2 * len(outcomes), 4), layout="constrained"), {}
+    figure = Figure((4.2 * len(outcomes), 4), layout="constrained")
+    colours = {}
     panels = figure.subplots(1, len(outcomes), squeeze=False)[0]
     for axes, (setting, outcome) in zip(panels, outcomes.items()):
         for div, seeds in outcome.runs.items():
-            colour, label = colours.setdefault(div, f"C{len(colours)}"), div
+            colour = colours.setdefault(div, f"C{len(colours)}")
             for seed in seeds:
                 x, y = (outcome.path(div, seed, metric) for metric in ("rmse", outcome.judge))
-                axes.plot(x, y, ".-", color=colour, lw=1, label=label)
-                label = None  # one a row
-        axes.set(title=setting, xlabel="RMSE between images of a prompt (diversity)")
-        axes.set_ylabel(outcome.judge)
+                axes.plot(x, y, ".-", color=colour, lw=1)
+            axes.lines[-1].set_label(div)  # one a row
+        axes.set(title=setting, ylabel=outcome.judge)
+        axes.set_xlabel("RMSE between images of a prompt (diversity)")
         axes.locator_params(axis="x", nbins=5)
         axes.legend(loc="upper right")
     common.save_figure(figure, path)

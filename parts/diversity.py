@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.stats import rayleigh
 
 from parts.images import to_pixels
 from parts.judges import load_judge
@@ -23,8 +24,7 @@ from parts.weights import build, find_url, read_state
 
 LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way that a metric needs
 EPS = 1e-4  # phasepack's
-# of Rayleigh noise: mean + 2 sd by sigma, sigma by the median
-RAYLEIGH = (math.sqrt(math.pi / 2) + 2 * math.sqrt(2 - math.pi / 2)) / math.sqrt(math.log(4))
+RAYLEIGH = (rayleigh.mean() + 2 * rayleigh.std()) / rayleigh.median()  # the limit of its noise
 
 
 def load_metric(name, device, weights):

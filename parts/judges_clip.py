@@ -63,7 +63,8 @@ class CLIP:
     file = None  # None: the repo is a model's folder in transformers' format, with a config.json
     CONFIG = VIT_H  # where there is a file and so no config.json
     NAMES = {}  # {pattern: replacement}: the checkpoint's names -> transformers'
-    resize, crop = "pillow", round  # see preprocess
+    resize = "pillow"  # see preprocess
+    crop = round
     scale = None  # None: the checkpoint's own exp(logit_scale), about 100
     cuda_dtype = torch.float32  # fp16 where the reference runs in it
     reads_prompt = True
@@ -236,8 +237,7 @@ class StepAware(CLIP):
         for layer in clip.vision_model.encoder.layers:
             layer.adaLN_modulation = modulation(6)
         clip.vision_model.adaLN_modulation = modulation(2)
-        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        clip.t_embedder = nn.ModuleDict({"mlp": mlp})
+        clip.t_embedder = nn.ModuleDict({"mlp": two_layers(256, width, nn.SiLU)})
         return clip
 
     def features(self, pixels, t):
@@ -262,6 +262,10 @@ def sinusoids(t):
     steps = torch.arange(128, dtype=torch.float64, device=t.device) / 128
     angle = t.double()[:, None] * 10000**-steps
     return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def two_layers(width, out, activation=nn.GELU):
+    return nn.Sequential(nn.Linear(width, out), activation(), nn.Linear(out, out))
 
 
 def linear_head(width):
@@ -298,8 +302,8 @@ def preprocess(images, size, resize="pillow", crop=round):
         x = x.clamp(0, 1)
     top, left = crop((height - size) / 2), crop((width - size) / 2)
     centre = x[..., top : top + size, left : left + size]
-    mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
-    return (centre - mean[:, None, None]) / std[:, None, None]
+    mean, std = x.new_tensor([CLIP_MEAN, CLIP_STD])[..., None, None]  # (3, 1, 1) each
+    return (centre - mean) / std
 
 
 def tokenize(tokenizer, texts, limit, padding="max_length"):

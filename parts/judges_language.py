@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loss import at_least_fp32
-from parts.judges_clip import CLIP_MEAN, linear_head, preprocess, renamed, take, tokenize, tower
+from parts import judges_clip
+from parts.judges_clip import preprocess, renamed, take, tokenize, tower
 from parts.weights import build, find, load_tokenizer, read_config, read_folder, read_state
 
 
@@ -46,7 +47,7 @@ class ImageReward:
         options = where, device, dtype
         self.text = build(lambda: transformers.BlipTextModel(text_config, False), text, *options)
         self.vision = build(lambda: transformers.BlipVisionModel(vision_config), vision, *options)
-        self.head = build(lambda: linear_head(text_config.hidden_size), head, *options)
+        self.head = build(lambda: judges_clip.linear_head(text_config.hidden_size), head, *options)
 
     @classmethod
     def split(cls, state):
@@ -115,7 +116,7 @@ class VQAScore:
         vision_config = CLIPVisionConfig(**self.CONFIG)
         self.vision = build(lambda: CLIPVisionModel(vision_config), vision, *options)
         widths = vision_config.hidden_size, self.t5.config.d_model
-        self.projector = build(lambda: two_layers(*widths), projector, *options)
+        self.projector = build(lambda: judges_clip.two_layers(*widths), projector, *options)
 
     @staticmethod
     def split(state):
@@ -166,15 +167,11 @@ class VQAScore:
         return log_p.gather(-1, answer[..., None]).mean((1, 2)).exp()
 
 
-def two_layers(width, out):
-    return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-
-
 def pad_to_square(images):
     """(N, 3, H, W) -> (N, 3, S, S), S the longer side: on CLIP's mean colour, in whole levels."""
     height, width = images.shape[-2:]
     side = max(height, width)
-    colour = images.new_tensor([int(255 * mean) / 255 for mean in CLIP_MEAN])
+    colour = images.new_tensor([int(255 * mean) / 255 for mean in judges_clip.CLIP_MEAN])
     square = colour[:, None, None].repeat(len(images), 1, side, side)
     top, left = (side - height) // 2, (side - width) // 2
     square[..., top : top + height, left : left + width] = images

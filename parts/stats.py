@@ -194,11 +194,12 @@ def c5(o):
     """C5 no row wins all of diversity; more of it goes with less taste"""
     contests = list(itertools.product(o.pairs, DIVERSITY))
     leads = [interval(DIVERSITY[m] * o.difference(*pair, m)) for pair, m in contests]
-    wins = []  # (winner, loser)
+    winners, beaten = Counter(), set()
     for (pair, _), lead, p in zip(contests, leads, holm([lead.p for lead in leads])):
         if p <= 0.05:
-            wins.append(pair if lead.mean > 0 else pair[::-1])
-    winners, beaten = Counter(winner for winner, _ in wins), {loser for _, loser in wins}
+            winner, loser = pair if lead.mean > 0 else pair[::-1]
+            winners[winner] += 1
+            beaten.add(loser)
     ends = zip(o.table(o.judge, o.divs).T, o.table("rmse", o.divs).T)
     slope = interval([np.polyfit(taste, rmse, 1)[0] for taste, rmse in ends])
     wins_all = (len(o.divs) - 1) * len(DIVERSITY) in winners.values()
@@ -212,7 +213,8 @@ def c6(o):
     for metric, sign in DIVERSITY.items():
         margin = 0.1 * abs(o.gain(["rkl"], metric).mean())
         lead = interval(sign * o.difference("js", "rkl", metric))
-        good, bad = good + (lead.low > -margin), bad + (lead.high < -margin)
+        good += lead.low > -margin
+        bad += lead.high < -margin
     return good >= 4, bad >= 3, f"not worse on {good} of 6 metrics, worse on {bad}"
 
 

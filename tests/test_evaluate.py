@@ -385,9 +385,9 @@ def test_a_run_and_its_original(evaluate_, run, home, micro, monkeypatch):
     # one more image a prompt: only that is painted
     seeds = []
 
-    def note(pipe, prompts, those, **settings):
+    def note(pipe, prompts, those, *sampler, **options):
         seeds.extend(those)
-        return generate(pipe, prompts, those, **settings)
+        return generate(pipe, prompts, those, *sampler, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "generate", note)
@@ -541,7 +541,7 @@ def test_two_folders_of_other_sizes(evaluate_, folder, home, tmp_path):
     assert evaluate_(folder, more, *flags)[0] == 0  # the first folder says how many
     assert len(scores(home, "more", "rmse")) == 3
     code, _, err = evaluate_(more, folder, *flags)
-    assert code == 2 and "theirs has 2 images 0_K.png, not 3" in err
+    assert code == 2 and "theirs has 2 of 3 images 0_K.png" in err
     (more / "prompts.txt").write_text("\n".join(PROMPTS[::-1]))
     for more_flags in ([], ["--prompts", folder / "prompts.txt"]):
         code, _, err = evaluate_(folder, more, *flags, *more_flags)
@@ -614,7 +614,7 @@ def test_skip_bad_scores_the_rest(evaluate_, folder, home):
     (folder / "grid.bmp").write_text("x")
     flags = [folder, "--judges", "taste", "--metrics", "rmse"]
     code, _, err = evaluate_(*flags)
-    assert code == 2 and "1 files are not named P_K.png" in err
+    assert code == 2 and "2 bad files" in err and "grid.bmp is not named P_K.png" in err
     code, out, err = evaluate_(*flags, "--skip_bad")
     assert code == 0 and "- theirs: 2 bad files skipped" in out, err
     assert len(scores(home, "theirs", "taste")) == 5 and len(scores(home, "theirs", "rmse")) == 2
@@ -656,18 +656,18 @@ def nothing(folder):
 
 BAD = [
     (remove_all, [], "nothing to score"),
-    (lambda f: truncate(f / "1_1.png"), [], "1 files are no whole images"),
+    (lambda f: truncate(f / "1_1.png"), [], "1 bad files (--skip_bad"),
     (lambda f: (f / "1_1.png").write_text("not an image"), [], "1_1.png"),
     (lambda f: (f / "cat.gif").write_text("x"), [], "cat.gif"),
     (lambda f: save_picture(f / "1_1.png", 1, 1, 30), [], "rmse needs one size"),
-    (lambda f: os.remove(f / "1_1.png"), [], "has 1 images 1_K.png, not 2"),
+    (lambda f: os.remove(f / "1_1.png"), [], "has 1 of 2 images 1_K.png"),
     (lambda f: save_picture(f / "7_0.png", 1, 1), [], "images of 4 prompts, but there are 3"),
-    (lambda f: (f / "prompts.txt").write_text("a\nb\nc\nd"), [], "has 0 images 3_K.png"),
+    (lambda f: (f / "prompts.txt").write_text("a\nb\nc\nd"), [], "has 0 of 2 images 3_K.png"),
     (lambda f: (f / "prompts.txt").write_text(""), [], "is empty"),
     (lambda f: os.remove(f / "prompts.txt"), ["--judges", "clipscore"], "needs the prompts"),
     (lambda f: save_picture(f / "1_1.jpg", 1, 1), [], "are both image 1 of prompt 1"),
     (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs one size, from 31 pixels"),
-    (nothing, ["--images_per_prompt", 3], "has 2 images 0_K.png, not 3"),
+    (nothing, ["--images_per_prompt", 3], "has 2 of 3 images 0_K.png"),
     (nothing, ["--images_per_prompt", -1], "--images_per_prompt must lie"),
     (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),
     (nothing, ["--judges", "mother"], "invalid choice: 'mother'"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from weights import fill, flant5_state, golden, ids, noise, step_aware_state
 
-from parts import judges, judges_clip, judges_language
+from parts import judges, judges_clip
 from parts.common import UserError, to_pil
 from parts.judges import JUDGES, load_judge
 from parts.weights import WeightsMissing
@@ -496,7 +496,7 @@ def test_vqascore_full_size_names_and_shapes():
         del model.encoder.embed_tokens, model.decoder.embed_tokens  # the shared ones
         assert_fits(model, t5)
         assert_fits(CLIPVisionModel(CLIPVisionConfig(**judges.VQAScore.CONFIG)), vision)
-        assert_fits(judges_language.two_layers(1024, 4096), projector)
+        assert_fits(judges_clip.two_layers(1024, 4096), projector)
 
 
 # What no shape tells, as the published configurations say it: (heads, activation, epsilon)

@@ -118,9 +118,10 @@ def test_gradient_and_hessian_are_autograds(div, beta):
     torch.testing.assert_close(norm, (d1**2 + d2**2).sqrt(), **close)
 
 
-def test_a_constant_second_derivative_has_a_third():
-    flat = replace(own(), d2f=torch.ones_like)
-    assert landscape.third_derivative(torch.ones(3, **F64), flat).tolist() == [0, 0, 0]
+def test_the_hessian_where_the_second_derivative_is_constant():
+    """f = X^2 / 2 at beta 2: where X_1 = X_2, L_ij = 1/4 m_i m_j of m = 2 (X_1 - X_2)."""
+    flat, ones = replace(own(), df=lambda x: x, d2f=torch.ones_like), torch.ones(1, **F64)
+    assert torch.cat(landscape.surface_hessian(ones, ones, flat, 2.0)).tolist() == [1, 1, -1]
 
 
 def test_theorem_4_on_a_million_random_points():

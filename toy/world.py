@@ -8,6 +8,7 @@ Only the model's name "toy" and the judge "taste" lead here.
 """
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -163,7 +164,7 @@ def read_picture(image):
 
 def nearest(vocabulary, colour):
     """The word that stands for the colour nearest to this one, (3,)."""
-    return min(vocabulary, key=lambda word: ((np.array(vocabulary[word]) - colour) ** 2).sum())
+    return min(vocabulary, key=lambda word: math.dist(vocabulary[word], colour))
 
 
 def prompt_following(images, captions):
