@@ -58,7 +58,7 @@ def hub_out_of_reach():
 def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
     """The folder of a hub repository's files whose names fit the pattern `wanted`, of the cache if
     is_whole(folder). repo: owner/name, or owner/name@revision. Raises WeightsMissing."""
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import enable_progress_bars
 
     fix = fix or "is the id right? Where the hub is in reach the same command fills HF_HOME"
@@ -73,16 +73,14 @@ def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
     try:
         if hub_out_of_reach():
             raise OSError("not downloaded, and the hub is out of reach")
-        info = HfApi().repo_info(**place, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        files = choose_files(sizes, wanted)
-        at = place | dict(revision=info.sha)
-        there = [isinstance(try_to_load_from_cache(filename=name, **at), str) for name in files]
-        size = sum(sizes[file] for file, is_there in zip(files, there) if not is_there) / 1e6
-        what = f"downloading {repo}: {there.count(False)} files, {size:,.1f} MB"
+        names = [file.rfilename for file in HfApi().repo_info(**place).siblings]
+        place["allow_patterns"] = choose_files(names, wanted)
+        plan = snapshot_download(**place, dry_run=True)
+        sizes = [file.file_size for file in plan if file.will_download]
+        what = f"downloading {repo}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"
         print(f"{what}, to {constants.HF_HUB_CACHE} (HF_HOME)", file=sys.stderr, flush=True)
         enable_progress_bars()
-        folder = snapshot_download(**place, allow_patterns=files)
+        folder = snapshot_download(**place)
         if not is_whole(folder):
             raise OSError("the repository lacks a part of it")
         return folder
