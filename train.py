@@ -48,7 +48,7 @@ from parts.model import Policy, load_pipeline, say_cut
 from parts.pairs import hold_out_captions, open_pairs
 from parts.ranks import World
 from parts.run import Run, draw_curves, environment, read_evaluated, save_pictures
-from parts.weights import find_training_prompts
+from parts.weights import find_training_prompts, read_train_json
 from sample import collect_pairs, join_pairs, paint
 
 # flag: (default, its range or choices, what it is). A model's folder may bring other defaults in
@@ -370,7 +370,8 @@ def main():
     print(f"\nIn {args.output_dir}: samples/, evolution.gif, curves.png, table.md, the log. Next:")
     where = f"{shlex.quote(args.output_dir)} --model {shlex.quote(args.model)}"
     print(f"  python sample.py {shlex.quote(held_out[0])} --lora {where}")
-    print(f"  python evaluate.py {shlex.quote(args.output_dir)}      Tables 2 and 3 of the paper")
+    judges = "" if "judge" in read_train_json(args.model) else " (36.5 GB of judges)"
+    print(f"  python evaluate.py {shlex.quote(args.output_dir)}      Tables 2 and 3{judges}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ python tests/bench.py --memory                  what a training step must hold a
                                                 counted, so on any machine
 python tests/bench.py --fsim                    FSIM beside the package whose numbers it gives
 python tests/bench.py --optimum                 theorem 1's optimum of a million items, every row
+python tests/bench.py --real_size               train.py on SD1.5's size on a CPU, random weights:
+                                                memory and time by part; 10 GB, a quarter of an hour
 python tests/bench.py --summary RUN             a run of train.py: its steps' time, peak memory
 python tests/bench.py --save DIR                SD1.5 and its judge with random weights, 5 GB in
                                                 fp16, for train.py --model DIR/sd15 (tests/gpu.sh)
@@ -45,6 +47,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import random_models
+import real_size
 from timing import Clock, device_name, in_rounds, ratio_text, seconds_of
 
 import sample
@@ -71,6 +74,8 @@ def main():
     opts.device = pick_device(opts.device)
     if opts.save:
         random_models.save(opts.save, device=opts.device)
+    elif opts.real_size:
+        real_size.measure("out/real_size")
     elif opts.summary:
         summarise(opts.summary)
     elif opts.fsim:
@@ -105,6 +110,7 @@ def build_parser():
     flag("--memory", action="store_true", help="count what a training step must hold")
     flag("--fsim", action="store_true", help="FSIM against image-similarity-measures")
     flag("--optimum", action="store_true", help="theorem 1's optimum of a million items")
+    flag("--real_size", action="store_true", help="train.py on SD1.5's size, on a CPU")
     flag("--summary", metavar="RUN", help="what a run's log says of time and memory")
     flag("--save", metavar="DIR", help="write SD1.5 and its judge with random weights")
     return parser

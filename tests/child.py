@@ -92,18 +92,22 @@ class Child:
             return self.process.exitcode, file.read()
 
 
-def ranks(*argv, n=2, change=None, kill=None):
+def ranks(*argv, n=2, change=None, kill=None, environment=None):
     """The same command as n ranks, as torchrun would start them; [(exit code, output)] by rank.
 
     kill: of the last rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(n):
         world = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
-        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) | (environment or {})
         last = kill if rank == n - 1 else None
         children.append(Child(*argv, change=change, environment=world, kill=last))
     return [child.wait() for child in children]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -71,7 +70,7 @@ class Answer(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault if self.hub.fault and self.hub.where in path else {}
-        time.sleep(fault.get("slow", 0))
+        threading.Event().wait(fault.get("slow", 0))
         if "status" in fault:
             return self.send(fault["status"], b"no", body=body)
         if "html" in fault:

@@ -10,9 +10,9 @@ import bench
 import numpy as np
 import pytest
 import random_models
+import real_size
 import timing
 import torch
-from conftest import ROOT
 
 from divergences import TABLE
 from parts import diversity
@@ -139,19 +139,21 @@ def test_fsim_beside_a_package(capsys, monkeypatch):
         bench.bench_fsim(rounds=1, count=3, size=48)
 
 
-def test_training_on_saved_random_models(capsys, command, micro, tmp_path, monkeypatch):
-    """What tests/gpu.sh does at full size: save, train, sum the log up."""
+def test_real_size_at_a_tiny_size(capsys, command, micro, tmp_path, monkeypatch):
+    """Random models saved, train.py on them, its LoRA in plain diffusers, its log summed up."""
     monkeypatch.setattr(StepAware, "CONFIG", random_models.SMALL_JUDGE)
 
     def make(device, dtype):
         return load_pipeline(micro, device, dtype)
 
-    random_models.save(str(tmp_path), random_models.SMALL_JUDGE, make)
-    flags = ["--model", tmp_path / "sd15", "--weights", tmp_path / "weights"]
-    flags += ["--judge", "step_aware", "--prompts", f"{ROOT}/toy/prompts.txt", "--threshold", 0]
-    flags += ["--num_inference_steps", 5, "--sample_batch_size", 2, "--max_train_steps", 1]
-    flags += ["--num_eval_prompts", 1, "--images_per_prompt", 1, "--output_dir", tmp_path / "run"]
-    code, _, err = command("train.py", "--div", "js", *flags)
-    assert code == 0, err
+    def in_this_process(words):
+        code, _, err = command(*words)
+        assert code == 0, err
+
+    monkeypatch.setattr(real_size, "run_script", in_this_process)
+    real_size.measure(str(tmp_path.absolute()), random_models.SMALL_JUDGE, make)
+    out = capsys.readouterr().out
+    assert "| train.py in all, its peak memory " in out and "| 1 optimiser step(s) |" in out
+    assert "LoRA of 112 tensors opened in plain diffusers: 56 layers" in out
     out = run(capsys, "--summary", tmp_path / "run")
     assert ", no: 1 optimiser steps (0 skipped)" in out and "loss 0.6931" in out

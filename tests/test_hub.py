@@ -1,16 +1,25 @@
-"""The way of the weights, against a hub on the loopback: once, whole, and said; its every fault."""
+"""The way of the weights, against a hub on the loopback: once, whole, and said; its every fault.
+
+CUTS=200 python -m pytest tests/test_hub.py -k cut_anywhere      so many cut downloads
+"""
 
 import hashlib
+import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
+from child import ranks
+from conftest import PROMPTS, paint_nothing, shrink_judges
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from stand_in_hub import StandInHub
@@ -18,11 +27,14 @@ from weights import tiny_clip
 
 from parts import hub as hub_module
 from parts.common import UserError
-from parts.hub import WeightsMissing, choose_files, find_url
+from parts.diversity import LPIPS
+from parts.hub import SHA256, WeightsMissing, choose_files, find_url
+from parts.judges_clip import CLIP_H, Aesthetic, StepAware
 from parts.model import load_pipeline
-from parts.weights import find, find_model, load_tokenizer
+from parts.weights import SD15, find, find_model, load_tokenizer
 
 BIN = str(Path(sys.executable).parent)
+TEMPLATE = "{repo_id}/resolve/{revision}/{filename}"
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 
 
@@ -35,11 +47,12 @@ def hub(micro, tmp_path, monkeypatch):
     (repo / "v1-5-pruned.ckpt").write_bytes(b"all of it once more")
     with StandInHub({"some/model": repo}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        template = f"{server.address}/{TEMPLATE}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before the hub's retries
         monkeypatch.setattr(hub_module, "SHA256", dict(hub_module.SHA256))
         hub_module.hub_out_of_reach.cache_clear()
         server.repo = repo
@@ -114,6 +127,79 @@ def test_two_at_once_take_each_file_once(hub):
     assert len(fetched(hub)) == len(set(fetched(hub)))
 
 
+@pytest.fixture
+def everything(hub, tiny_judges, monkeypatch):
+    """All that SD1.5 asks for, tiny: the model, judges, HPDv2, four files of plain addresses."""
+    names = [SD15, "ymhao/HPDv2", StepAware.repo, Aesthetic.repo, CLIP_H]
+    hub.repos |= {name: Path(tiny_judges, name.split("/")[1]) for name in names}
+    hub.repos[SD15], hub.repos["ymhao/HPDv2"] = hub.repo, hub.repo.parent / "HPDv2"
+    hub.repos["ymhao/HPDv2"].mkdir()
+    tested = json.dumps([{"prompt": prompt} for prompt in PROMPTS[:2]])
+    Path(hub.repos["ymhao/HPDv2"], "test.json").write_text(tested)
+    trained = json.dumps([{"caption": prompt} for prompt in PROMPTS[2:8]]).encode()
+    addresses = (hub_module, "SPO_PROMPTS_URL"), (Aesthetic, "HEAD"), (LPIPS, "TRUNK")
+    for place, attribute in (*addresses, (LPIPS, "HEADS")):
+        name = unquote(getattr(place, attribute)).split("/")[-1]
+        path = Path(tiny_judges, name)
+        hub.files[f"/files/{name}"] = data = path.read_bytes() if path.exists() else trained
+        monkeypatch.setattr(place, attribute, f"{hub.address}/files/{name}")
+        hub_module.SHA256[name] = hashlib.sha256(data).hexdigest()
+    return hub
+
+
+def start_all(command, folder):
+    """A training step, a picture, a judge and a metric of SD1.5; what they print."""
+    run, printed = f"{folder}/run", ""
+    train = ["train.py", "--div", "js", "--model", SD15, "--output_dir", run]
+    train += ["--num_eval_prompts", 1, "--num_inference_steps", 5, "--sample_batch_size", 2]
+    train += ["--max_train_steps", 1, "--images_per_prompt", 2]
+    sample = ["sample.py", "a sun", "--lora", run, "--output_dir", f"{folder}/samples"]
+    evaluate = ["evaluate.py", run, "--judges", "aesthetic", "--metrics", "lpips"]
+    evaluate += ["--images_per_prompt", 2, "--output_dir", f"{folder}/evaluation"]
+    for words in (train, sample, evaluate):
+        code, out, err = command(*words)
+        assert code == 0, err
+        printed += out + err
+    return printed
+
+
+def test_every_command_starts_with_the_hub_and_then_without(everything, command, monkeypatch):
+    printed = start_all(command, "first")
+    names = [SD15, StepAware.repo, CLIP_H, Aesthetic.repo, "ymhao/HPDv2", *SHA256]
+    assert all(printed.count(f"downloading {name}") for name in names)
+    assert "evaluate.py first/run      Tables 2 and 3 (36.5 GB of judges)" in printed
+    files = [path for method, path in everything.requests if method == "GET"]
+    files = [path for path in files if not path.startswith("/api")]
+    assert len(files) == len(set(files))
+
+    everything.requests.clear()
+    everything.fault = dict(status=503)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    hub_module.hub_out_of_reach.cache_clear()
+    assert "downloading" not in start_all(command, "second")
+    assert everything.requests == []
+
+
+def from_stand_in():
+    """In a rank of its own: the hub and the cache of the test."""
+    constants.ENDPOINT = os.environ["HF_ENDPOINT"]
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{constants.ENDPOINT}/{TEMPLATE}"
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = os.environ["HF_HUB_CACHE"], False
+    shrink_judges(setattr, os.environ["TINY_JUDGES"])
+    paint_nothing()
+
+
+def test_two_ranks_download_once(everything, tiny_judges, prompts_file, tmp_path):
+    environment = {"HF_ENDPOINT": everything.address, "TINY_JUDGES": tiny_judges}
+    environment["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
+    flags = ["--model", SD15, "--prompts", prompts_file, "--num_inference_steps", 5]
+    flags += ["--sample_batch_size", 2, "--max_train_steps", 1, "--num_eval_prompts", 1]
+    flags += ["--images_per_prompt", 1, "--output_dir", tmp_path / "run"]
+    ended = ranks("train.py", *flags, change=from_stand_in, environment=environment)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert len(fetched(everything)) == len(set(fetched(everything))) > 10
+
+
 def test_a_revision_is_asked_for(hub):
     with pytest.raises(WeightsMissing):
         hub.fault, hub.where = dict(status=404), "/revision/v2"
@@ -160,7 +246,8 @@ def test_a_fault_is_one_line_and_the_next_start_goes_on(hub, command, name):
 
 def test_cut_anywhere_the_next_start_goes_on_to_the_same_bytes(hub):
     choose = random.Random(0)
-    for name in [f"{name}.safetensors" for name in WEIGHTS] + ["unet/config.json"]:
+    names = [f"{name}.safetensors" for name in WEIGHTS] + ["unet/config.json"]
+    for name, _ in zip(itertools.cycle(names), range(int(os.environ.get("CUTS", 4)))):
         size = (hub.repo / name).stat().st_size
         hub.fault, hub.where = dict(cut=choose.randrange(size)), f"/{name}"
         with pytest.raises(WeightsMissing, match="some/model cannot be had"):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import zlib
 
 import pytest
 import torch
-from child import Child, ranks
+from child import Child, free_port, ranks
 from conftest import PROMPTS, ROOT, paint_nothing
 from safetensors.torch import load_file
 
@@ -117,17 +118,60 @@ def workers(job):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_job_and_one_rank_goes_on(command, small_run, unpainted, tmp_path):
     folder = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*torchrun, "train.py", *small_run, "--num_epochs", 200, "--output_dir", folder]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([str(word) for word in words], env=environment, **pipes)
-    while len(log(folder, "step")) < 4 and job.poll() is None:
-        time.sleep(0.05)
-    assert job.poll() is None, job.communicate()[0]
+    job = torchrun("--standalone", "--nproc_per_node=2", *long_run(small_run, folder))
+    wait_for_steps(folder, job)
     os.kill(workers(job)[1], signal.SIGKILL)
     out, _ = job.communicate()
     assert job.returncode != 0, out
+    goes_on(command, folder)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the ranks in /proc")
+def test_two_machines_and_one_that_dies(command, small_run, unpainted, tmp_path):
+    """Two launchers, a rank each, are one launcher's two ranks; if one dies, the other alone can
+    go on."""
+    folder, again = tmp_path / "run", tmp_path / "again"
+    place = "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint"
+    port = free_port()
+    words = (*place, f"127.0.0.1:{port}", *long_run(small_run, folder))
+    here = torchrun(*words)
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # until it holds the meeting place
+        time.sleep(0.05)
+    there = torchrun(*words)
+    wait_for_steps(folder, here)
+    for pid in (*workers(there).values(), there.pid):
+        os.kill(pid, signal.SIGKILL)
+    there.communicate()
+    out, _ = here.communicate()
+    assert here.returncode != 0 and "lost the other ranks" in out and "--resume goes on" in out, out
+
+    step, _, _ = torch.load(folder / "state.pt", weights_only=True)["position"]
+    ended = ranks("train.py", *long_run(small_run, again)[1:], "--max_train_steps", step)
+    assert [code for code, _ in ended] == [0, 0], ended
+    one, two = (load_file(path / LORA_FILE) for path in (again, folder))
+    assert step > 0 and all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    goes_on(command, folder)
+
+
+def long_run(small_run, folder):
+    return ["train.py", *small_run, "--num_epochs", 200, "--output_dir", folder]
+
+
+def torchrun(*words):
+    words = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, **pipes)
+
+
+def wait_for_steps(folder, job):
+    while len(log(folder, "step")) < 4 and job.poll() is None:
+        time.sleep(0.05)
+    assert job.poll() is None, job.communicate()[0]
+
+
+def goes_on(command, folder):
+    """One rank, from the state that is there."""
     step, _, seen = torch.load(folder / "state.pt", weights_only=True)["position"]
     assert seen > 0
     more = ["--resume", "--output_dir", folder, "--max_train_steps", step + 3]
