@@ -108,8 +108,7 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         # torch.save wraps what the disk says in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -276,10 +275,15 @@ def hold_out(prompts, count):
     return training, [prompts[i] for i in sorted(held)]
 
 
+def to_8_bits(images):
+    """(..., 3, H, W) in [0, 1], a little outside perhaps -> uint8 (..., H, W, 3) on the CPU."""
+    pixels = (images.float() * 255).round().clamp(0, 255)
+    return pixels.byte().movedim(-3, -1).cpu()
+
+
 def to_pil(image):
-    """(3, H, W) in [0, 1], a little outside of it perhaps -> 8-bit PIL image."""
-    pixels = (image.permute(1, 2, 0).float().cpu().numpy() * 255).round().clip(0, 255)
-    return Image.fromarray(pixels.astype("uint8"))
+    """(3, H, W) in [0, 1] -> 8-bit PIL image."""
+    return Image.fromarray(to_8_bits(image).numpy())
 
 
 def labelled_grid(rows, path, cell=128, captions=None):

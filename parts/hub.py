@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -126,14 +127,16 @@ def find_url(url, weights=None):
     """Path of a file from a plain address, kept where torch.hub keeps its downloads, and fetched
     again if its checksum is another. weights: as of find. Raises WeightsMissing."""
     name = unquote(url.split("/")[-1])
-    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
+    path = f"{weights or torch.hub.get_dir() + '/checkpoints'}/{name}"
     command = f"curl -L -o '{path}' '{url}'"
-    if weights and not os.path.exists(path):
-        raise WeightsMissing(f"{path} is not there: {command}")
+    if weights:
+        if not os.path.exists(path):
+            raise WeightsMissing(f"{path} is not there: {command}")
+        return path
     if os.path.exists(path):
-        with open(path, "rb") as file:
-            if weights or hashlib.file_digest(file, "sha256").hexdigest().startswith(SHA256[name]):
-                return path
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if digest.startswith(SHA256[name]):
+            return path
     print(f"downloading {name} to {path} (TORCH_HOME)", file=sys.stderr, flush=True)
     patience = socket.getdefaulttimeout()
     try:

@@ -33,7 +33,7 @@ from parts.common import (
     read_rows,
 )
 from parts.images import read_image
-from parts.model import encode_prompts, latent_shape, predict_noise, text_length
+from parts.model import encode_prompts, latent_shape, predict_noise, say_cut
 from parts.weights import first_line
 
 # what every wrong file is answered with
@@ -53,7 +53,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     Raises UserError for a wrong file, an empty set, and for missing or damaged images: their pairs
     are named once all others are encoded; skip_bad leaves them out instead.
     """
-    folder, longest = latents_folder(cache_dir, pipe), text_length(pipe)
+    folder = latents_folder(cache_dir, pipe)
     pairs, bad, notes = [], [], collections.Counter()
     bar = progress_bar(iterable=records(path), desc="encoding", unit=" pairs", disable=quiet)
     for caption, images, weight, where in bar:
@@ -67,8 +67,6 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
             notes["left out, pairs of an image with itself"] += 1
         else:
             pairs.append(Pair(caption, winner, loser, weight))
-            if len(pipe.tokenizer(caption, verbose=False).input_ids) > longest:
-                notes[f"captions of more than {longest} tokens, cut there"] += 1
     if bad:
         rows = ", ".join(bad[:5])
         what = f"pairs with no caption or images missing, damaged or too large: {len(bad)} ({rows})"
@@ -79,7 +77,9 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
         print(f"{what}: {count}")
     if not pairs:
         raise UserError(f"{path} holds no pair that can be trained on: give {NEEDED}")
-    return PairSet(pairs, pipe, folder, seed)
+    data = PairSet(pairs, pipe, folder, seed)
+    say_cut(pipe, data.captions)
+    return data
 
 
 class PairSet:

@@ -29,6 +29,7 @@ from PIL import Image
 from parts import common
 from parts.common import UserError, markdown, peak_gb, read_json, write_file
 from parts.diversity import load_metric
+from parts.images import to_pixels
 from parts.model import policy_file
 
 NEED_NO_WEIGHTS = ("rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d")
@@ -294,8 +295,8 @@ def values_per_prompt(judge, prompts, images):
     """{metric: P values} of images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's
     K images, or over each two of them; None where no value is finite. judge None: no scores."""
     P, K = images.shape[:2]
-    eight_bit = (images * 255).round().clamp(0, 255).byte()
-    flat = eight_bit.flatten(0, 1).float() / 255  # (P K, 3, H, W)
+    pictures = common.to_8_bits(images)  # (P, K, H, W, 3)
+    flat = to_pixels(pictures.flatten(0, 1)).contiguous()  # (P K, 3, H, W)
     values = {}  # {metric: P rows}
     if judge:
         text = judge.encode(prompts).repeat_interleave(K, 0)
@@ -304,7 +305,6 @@ def values_per_prompt(judge, prompts, images):
     if hasattr(judge, "report"):
         each = [prompt for prompt in prompts for _ in range(K)]
         values |= {name: x.view(P, K) for name, x in judge.report(flat, each).items()}
-    pictures = [[image.permute(1, 2, 0) for image in row] for row in eight_bit]
     for metric in NEED_NO_WEIGHTS:
         prepare, compare = load_metric(metric, "cpu", None)
         rows = [[prepare(picture) for picture in row] for row in pictures]
@@ -330,10 +330,10 @@ def before_after_table(before, after, count):
         cells, means = [name], []
         for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
-            mean, error = values.mean(), math.nan
+            mean, error, spread = values.mean(), math.nan, ""
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
-            spread = f" +- {error:#.3g}" if len(values) > 1 else ""
+                spread = f" +- {error:#.3g}"
             cells.append(f"{mean:{sign}#.4g}{spread}")
             means.append(float(mean))
         rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])

@@ -157,10 +157,9 @@ def build(make, state, path, device, dtype=torch.float32):
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     module.load_state_dict(cast, assign=True)
     for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            # 0, 1, 2, ... of the position embeddings: a buffer that no checkpoint holds
-            if buffer.is_meta and name == "position_ids":
-                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+        if hasattr(part, "position_ids"):  # 0, 1, 2, ...: a buffer that no checkpoint need hold
+            shape = part.position_ids.shape
+            part.position_ids = torch.arange(shape[-1]).expand(shape)
     return module.requires_grad_(False).eval().to(device)
 
 

@@ -124,7 +124,7 @@ def first(own):
 BAD = {
     "text encoder": (
         lambda s: s | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 8)},
-        "changes the text encoder: only a LoRA of the UNet alone",
+        "text_encoder.q_proj.lora_A.weight: only a LoRA of the UNet alone",
     ),
     "convolution": (
         lambda s: (
@@ -153,7 +153,7 @@ BAD = {
         "not finite",
     ),
     "half": (lambda s: {k: v for k, v in s.items() if "lora_A" in k}, "lacks unet."),
-    "nothing": (lambda s: {"other": torch.zeros(1)}, "holds no LoRA"),
+    "nothing": (lambda s: {"other": torch.zeros(1)}, "holds other: only a LoRA"),
 }
 
 
