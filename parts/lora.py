@@ -39,6 +39,7 @@ def read_lora(path, tensors):
             name = f"unet.{name}"
         state[name] = tensor
     try:
+        config = adapter_config(path)
         state, alphas = StableDiffusionPipeline.lora_state_dict(state)
     except (ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:160]
@@ -49,7 +50,6 @@ def read_lora(path, tensors):
     unet = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in state.items()})
     alphas = {k.removeprefix("unet."): float(v) for k, v in (alphas or {}).items()}
     alphas = convert_unet_state_dict_to_peft(alphas) if alphas else {}
-    config = adapter_config(path)
     layers = {}
     for name, tensor in unet.items():
         layer, _, kind = name.partition(".lora_")
