@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -60,10 +61,10 @@ def pick_device(name):
     """The device called name; "auto": cuda if there is one, else cpu. Raises UserError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+    known = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
+    if not known:
         raise UserError(f"unknown device {name!r}: say auto, cpu, cuda or cuda:0")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    if known[1] == "cuda" and int(known[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"{name}: torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
     return name
 
@@ -107,8 +108,7 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         # torch.save wraps what the disk says in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -149,24 +149,24 @@ def markdown(rows):
     return "".join(lines)
 
 
-def settings_class(path, fix):
-    """A dict of a JSON file: a key that is looked up and not there is a UserError."""
+def read_json(path, fix):
+    """The object that a JSON file holds, or the list of those that the lines of a .jsonl hold.
+
+    Raises UserError, which ends with `fix`, also where a key is looked up that is not there.
+    """
 
     class Settings(dict):
         def __missing__(self, key):
             raise UserError(f"{path} lacks {key!r}: {fix}")
 
-    return Settings
-
-
-def read_json(path, fix):
-    """The object that a JSON file holds, its Settings. Raises UserError, which ends with `fix`."""
     try:
-        with open(path) as file:
-            settings = json.load(file, object_hook=settings_class(path, fix))
-        if not isinstance(settings, dict):
+        text, kind = Path(path).read_text("utf-8"), dict
+        if Path(path).suffix == ".jsonl":  # a line stays one: the error names it
+            text, kind = f"[{text.strip()}]".replace("\n", ",\n"), list
+        content = json.loads(text, object_hook=Settings)
+        if not isinstance(content, kind):
             raise ValueError("no object in braces")
-        return settings
+        return content
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as JSON ({error}): {fix}") from error
 
@@ -175,11 +175,11 @@ def write_png(image, path):
     write_file(path, lambda file: image.save(file, "PNG"))
 
 
-def save_figure(figure, path, dpi=130):
+def save_figure(figure, path):
     """A matplotlib figure -> a PNG, and closed."""
     import matplotlib.pyplot as plt
 
-    write_file(path, lambda file: figure.savefig(file, dpi=dpi))
+    write_file(path, lambda file: figure.savefig(file, dpi=130))
     plt.close(figure)
 
 
@@ -187,47 +187,22 @@ PROMPT_COLUMNS = ("caption", "prompt", "prompts", "text")  # whatever their case
 
 
 def read_prompts(path, numbered=False):
-    """Prompts of a file: .txt, one a line; .csv, .tsv or .parquet with a column of PROMPT_COLUMNS;
-    .json, a list of strings or of objects with one of those keys; .jsonl, such an item a line.
+    """Prompts of a file, of which read_rows says what it may be.
 
     numbered: the prompt's place counts, and a blank line is refused. Raises UserError, naming the
     file and what is wrong with it.
     """
-    kind = os.path.splitext(path)[1].lower()
     try:
-        if kind == ".parquet":
-            from pyarrow.parquet import read_table
-
-            items = read_table(path).to_pylist()
-        else:
-            with open(path, encoding="utf-8-sig", newline="") as file:  # Windows' mark in front
-                content = file.read()
-            if "\0" in content:
-                raise UnicodeError("a zero byte")
-            # at these two alone: str.splitlines ends lines at U+2028, \v and others too
-            items = content.replace("\r\n", "\n").split("\n")
-            if kind == ".json":
-                items = json.loads(content)
-            elif kind == ".jsonl":
-                items = [json.loads(line) for line in items if line.strip()]
-            elif kind in (".csv", ".tsv"):
-                tab = "\t" if kind == ".tsv" else ","
-                items = list(csv.DictReader(io.StringIO(content), delimiter=tab))
-            elif re.match(r'\s*(\[\s*[{"]|\{\s*")', content):  # its lines would be no prompts
-                raise ValueError("but JSON: name it .json or .jsonl")
-        if not isinstance(items, list):
-            raise TypeError("not a list")
-        prompts = [" ".join(prompt_of(item).split()) for item in items]
-        "".join(prompts).encode()  # half a surrogate pair, which JSON can hold, is no text
-    except UnicodeError as error:
-        raise UserError(f"prompts file {path!r} is not text ({error}): save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read prompts file {path!r} ({error.strerror})") from error
-    except Exception as error:  # of JSON, csv and pyarrow
-        expected = {".json": "a JSON list of strings or of objects", ".jsonl": "JSON lines"}
-        expected[".txt"] = "a text file, or a table"
-        what = expected.get(kind, f"a {kind} table")
-        raise UserError(f"{path!r} is not {what} with caption or prompt ({error})") from error
+        prompts = [" ".join(prompt_of(item).split()) for item in read_rows(path)]
+        text = "".join(prompts)
+        text.encode()  # half a surrogate pair, which JSON can hold, is no text
+        if "\0" in text:
+            raise ValueError("a zero byte")
+    except Exception as error:  # of the disk, UTF-8, JSON, csv and pyarrow
+        fix = (
+            "give UTF-8 text with a prompt a line, a .json list, or a table with caption or prompt"
+        )
+        raise UserError(f"cannot read prompts file {path!r} ({error}): {fix}") from error
     while prompts and not prompts[-1]:
         prompts.pop()
     if numbered and "" in prompts:
@@ -239,16 +214,50 @@ def read_prompts(path, numbered=False):
 
 
 def prompt_of(item):
-    """A string, or that of an object with one of PROMPT_COLUMNS. Raises TypeError or KeyError."""
-    if isinstance(item, dict):
-        cells = {str(column).strip().lower(): cell for column, cell in item.items()}
-        column = next((name for name in PROMPT_COLUMNS if name in cells), None)
-        if column is None:
-            raise KeyError(f"its columns are {', '.join(map(str, item))}")
-        item = cells[column]
-    if not isinstance(item, str):
+    """A string, or that of an object with one of PROMPT_COLUMNS."""
+    prompt = cell_of(item, PROMPT_COLUMNS) if isinstance(item, dict) else item
+    if not isinstance(prompt, str):
         raise TypeError("a prompt that is no text")
-    return item
+    return prompt
+
+
+def read_rows(path, blank=None):
+    """Yields {column: cell} of a .csv, .tsv or .parquet, the items of a .json list or of a .jsonl's
+    lines, or any other text's lines. blank: what a short row of a .csv is filled up with."""
+    kind = Path(path).suffix.lower()
+    is_table = kind in (".csv", ".tsv")
+    with open(path, "rb") as file:
+        # Windows' mark in front; lines end at newlines alone, not at U+2028, \v and others
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="" if is_table else "\n")
+        if kind == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            for batch in ParquetFile(file).iter_batches(16):
+                yield from batch.to_pylist()
+        elif is_table:
+            tab = "\t" if kind == ".tsv" else ","
+            yield from csv.DictReader(text, restval=blank, delimiter=tab)
+        elif kind == ".jsonl":
+            yield from (json.loads(line) for line in text if line.strip())
+        elif kind == ".json":
+            items = json.load(text)
+            if not isinstance(items, list):
+                raise TypeError("not a list")
+            yield from items
+        else:
+            lines = list(text)
+            if re.match(r'\s*(\[\s*[{"]|\{\s*")', "".join(lines)):  # its lines would be no prompts
+                raise ValueError("JSON: name it .json or .jsonl")
+            yield from lines
+
+
+def cell_of(row, names):
+    """The cell of the first of these columns that a row has, whatever its case."""
+    cells = {column.strip().lower(): cell for column, cell in row.items()}
+    for name in names:
+        if name in cells:
+            return cells[name]
+    raise ValueError(f"its columns are {', '.join(row)}")
 
 
 def hold_out(prompts, count):
@@ -266,10 +275,15 @@ def hold_out(prompts, count):
     return training, [prompts[i] for i in sorted(held)]
 
 
+def to_8_bits(images):
+    """(..., 3, H, W) in [0, 1], a little outside perhaps -> uint8 (..., H, W, 3) on the CPU."""
+    pixels = (images.float() * 255).round().clamp(0, 255)
+    return pixels.byte().movedim(-3, -1).cpu()
+
+
 def to_pil(image):
-    """(3, H, W) in [0, 1], a little outside of it perhaps -> 8-bit PIL image."""
-    pixels = (image.permute(1, 2, 0).float().cpu().numpy() * 255).round().clip(0, 255)
-    return Image.fromarray(pixels.astype("uint8"))
+    """(3, H, W) in [0, 1] -> 8-bit PIL image."""
+    return Image.fromarray(to_8_bits(image).numpy())
 
 
 def labelled_grid(rows, path, cell=128, captions=None):

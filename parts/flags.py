@@ -2,6 +2,7 @@
 that from the run that is resumed, over that from the command line."""
 
 import os
+from pathlib import Path
 
 from parts.common import Parser, UserError, read_json
 from parts.weights import TOY, read_train_json, resolve_model
@@ -57,14 +58,14 @@ def parse(argv, description, flags, sections, free_on_resume):
         args.judge = parser.get_default("judge")
     args.model = "toy" if where == TOY else where
     if args.output_dir is None:
+        name = Path(where).name.removesuffix(".safetensors")
         alpha = f"{args.alpha:g}" if args.alpha is not None else ""
-        name = os.path.basename(where.rstrip("/")).removesuffix(".safetensors")
-        name += f"-{args.div}{alpha}"
-        args.output_dir = os.path.join("out", name + ("-pairs" if args.pairs else ""))
+        pairs = "-pairs" if args.pairs else ""
+        args.output_dir = f"out/{name}-{args.div}{alpha}{pairs}"
     if args.resume:
         args = resumed_args(parser, argv, args.output_dir, flags, free_on_resume)
         why = "the run's own"
-    elif os.path.exists(os.path.join(args.output_dir, "config.json")):
+    elif os.path.exists(f"{args.output_dir}/config.json"):
         fix = "--resume goes on with it, another --output_dir starts anew"
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
     for name in NOT_WITH_PAIRS:
@@ -78,8 +79,8 @@ def parse(argv, description, flags, sections, free_on_resume):
 
 def resumed_args(parser, argv, output_dir, flags, free_on_resume):
     """The settings of the run in output_dir. Raises UserError if a typed flag contradicts them."""
-    path = os.path.join(output_dir, "config.json")
-    saved = read_json(path, "nothing to resume; drop --resume, or give the run's folder")["args"]
+    fix = "nothing to resume; drop --resume, or give the run's folder"
+    saved = read_json(f"{output_dir}/config.json", fix)["args"]
     if saved.keys() != flags.keys():
         raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
     parser.set_defaults(**saved)

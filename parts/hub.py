@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -58,7 +59,7 @@ def hub_out_of_reach():
 def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
     """The folder of a hub repository's files whose names fit the pattern `wanted`, of the cache if
     is_whole(folder). repo: owner/name, or owner/name@revision. Raises WeightsMissing."""
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import enable_progress_bars
 
     fix = fix or "is the id right? Where the hub is in reach the same command fills HF_HOME"
@@ -73,16 +74,14 @@ def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
     try:
         if hub_out_of_reach():
             raise OSError("not downloaded, and the hub is out of reach")
-        info = HfApi().repo_info(**place, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        files = choose_files(sizes, wanted)
-        at = place | dict(revision=info.sha)
-        there = [isinstance(try_to_load_from_cache(filename=name, **at), str) for name in files]
-        size = sum(sizes[file] for file, is_there in zip(files, there) if not is_there) / 1e6
-        what = f"downloading {repo}: {there.count(False)} files, {size:,.1f} MB"
+        names = [file.rfilename for file in HfApi().repo_info(**place).siblings]
+        place["allow_patterns"] = choose_files(names, wanted)
+        plan = snapshot_download(**place, dry_run=True)
+        sizes = [file.file_size for file in plan if file.will_download]
+        what = f"downloading {repo}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"
         print(f"{what}, to {constants.HF_HUB_CACHE} (HF_HOME)", file=sys.stderr, flush=True)
         enable_progress_bars()
-        folder = snapshot_download(**place, allow_patterns=files)
+        folder = snapshot_download(**place)
         if not is_whole(folder):
             raise OSError("the repository lacks a part of it")
         return folder
@@ -128,14 +127,16 @@ def find_url(url, weights=None):
     """Path of a file from a plain address, kept where torch.hub keeps its downloads, and fetched
     again if its checksum is another. weights: as of find. Raises WeightsMissing."""
     name = unquote(url.split("/")[-1])
-    path = os.path.join(weights or os.path.join(torch.hub.get_dir(), "checkpoints"), name)
+    path = f"{weights or torch.hub.get_dir() + '/checkpoints'}/{name}"
     command = f"curl -L -o '{path}' '{url}'"
-    if weights and not os.path.exists(path):
-        raise WeightsMissing(f"{path} is not there: {command}")
+    if weights:
+        if not os.path.exists(path):
+            raise WeightsMissing(f"{path} is not there: {command}")
+        return path
     if os.path.exists(path):
-        with open(path, "rb") as file:
-            if weights or hashlib.file_digest(file, "sha256").hexdigest().startswith(SHA256[name]):
-                return path
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if digest.startswith(SHA256[name]):
+            return path
     print(f"downloading {name} to {path} (TORCH_HOME)", file=sys.stderr, flush=True)
     patience = socket.getdefaulttimeout()
     try:

@@ -7,15 +7,14 @@ leave as they are. Written, beside our own file: kohya's, which ComfyUI and A111
 
 import json
 import math
-import os
 import re
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from parts.common import UserError, write_file
-from parts.weights import read_json
+from parts.common import UserError, read_json, write_file
 
 KOHYA_FILE = "kohya.safetensors"
 
@@ -40,20 +39,17 @@ def read_lora(path, tensors):
             name = f"unet.{name}"
         state[name] = tensor
     try:
+        config = adapter_config(path)
         state, alphas = StableDiffusionPipeline.lora_state_dict(state)
     except (ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(f"{path} holds no LoRA that diffusers knows ({why})") from error
     for name in state:
         if not name.startswith("unet."):
-            if "lora" not in name:
-                raise UserError(f"{path} holds no LoRA, but {name}")
-            what = "the text encoder" if name.startswith("text_encoder") else name
-            raise UserError(f"{path} changes {what}: only a LoRA of the UNet alone is read here")
+            raise UserError(f"{path} holds {name}: only a LoRA of the UNet alone is read here")
     unet = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in state.items()})
     alphas = {k.removeprefix("unet."): float(v) for k, v in (alphas or {}).items()}
     alphas = convert_unet_state_dict_to_peft(alphas) if alphas else {}
-    config = adapter_config(path)
     layers = {}
     for name, tensor in unet.items():
         layer, _, kind = name.partition(".lora_")
@@ -83,8 +79,8 @@ def adapter_config(path):
             header = (file.metadata() or {}).get("lora_adapter_metadata")
         if header:
             return {k.removeprefix("unet."): v for k, v in json.loads(header).items()}
-    beside = os.path.join(os.path.dirname(path), "adapter_config.json")
-    return read_json(beside, "mend it") if os.path.exists(beside) else {}
+    beside = Path(path).with_name("adapter_config.json")
+    return read_json(beside, "mend it") if beside.exists() else {}
 
 
 def write_kohya(folder, state, metadata):
@@ -93,4 +89,4 @@ def write_kohya(folder, state, metadata):
 
     tensors = convert_state_dict_to_kohya(dict(state))
     tensors = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
-    write_file(os.path.join(folder, KOHYA_FILE), save(tensors, metadata=metadata))
+    write_file(f"{folder}/{KOHYA_FILE}", save(tensors, metadata=metadata))

@@ -42,11 +42,9 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     parts["tokenizer"] = weights.read_tokenizer(CLIPTokenizer, f"{folder}/tokenizer")
     classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
     checkpoint = weights.read_state(file) if file else None
+    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     for name, cls in classes.items():
-        its_dtype = dtype
-        if isinstance(dtype, dict):
-            its_dtype = dtype.get(name, dtype["default"])
-        source = cls, folder, name, its_dtype
+        source = cls, folder, name, dtypes.get(name, dtypes["default"])
         if file:
             parts[name] = weights.convert_part(*source, file, checkpoint)
         else:
@@ -95,9 +93,9 @@ class Policy:
     """p_theta, and p_ref inside the same UNet: no second UNet runs, or lies in memory for a LoRA.
 
     rank: of a LoRA on every attention projection (or {layer: rank}, for a LoRA that was made
-    elsewhere); full: all weights train, in fp32, and a frozen
-    copy of them is the reference. parameters is a list: an iterator would be used up by the
-    optimiser, and clip_grad_norm_ would clip nothing (so it was in SPO and LPO).
+    elsewhere); full: all weights train, in fp32, and a frozen copy of them is the reference.
+    parameters is a list: an iterator would be used up by the optimiser, and clip_grad_norm_ would
+    clip nothing (so it was in SPO and LPO).
     """
 
     def __init__(self, unet, rank=4, full=False):
@@ -176,26 +174,25 @@ class Policy:
         data = save(state, metadata=metadata)
         if not self.full:
             lora.write_kohya(folder, state, metadata)
-            return write_file(os.path.join(folder, LORA_FILE), data)
-        folder = os.path.join(folder, "unet")
-        os.makedirs(folder, exist_ok=True)
-        write_file(os.path.join(folder, "config.json"), self.unet.to_json_string())
-        write_file(os.path.join(folder, UNET_FILE), data)
+            return write_file(f"{folder}/{LORA_FILE}", data)
+        os.makedirs(f"{folder}/unet", exist_ok=True)
+        write_file(f"{folder}/unet/config.json", self.unet.to_json_string())
+        write_file(f"{folder}/unet/{UNET_FILE}", data)
 
 
 def policy_file(path):
     """The file that holds a policy: path, or what a run left in that folder; None if none."""
-    names = [LORA_FILE]
-    if not os.path.exists(os.path.join(path, "model_index.json")):  # that would be a whole model
-        names += [os.path.join("unet", UNET_FILE), UNET_FILE]
-    # the path itself first: it may be a file of any name
-    for candidate in [path, *(os.path.join(path, name) for name in names)]:
+    candidates = [path, f"{path}/{LORA_FILE}"]  # the path itself may be a file of any name
+    is_model = os.path.exists(f"{path}/model_index.json")  # a whole one, whose UNet is no policy
+    if not is_model:
+        candidates += [f"{path}/unet/{UNET_FILE}", f"{path}/{UNET_FILE}"]
+    for candidate in candidates:
         if os.path.isfile(candidate):
             return candidate
     # a LoRA of any name, if it is the only one, but for the copy in kohya's names
     others = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_lora_weights.bin")]
     others = [str(file) for file in others if file.name != lora.KOHYA_FILE]
-    return others[0] if len(others) == 1 and len(names) > 1 else None
+    return others[0] if len(others) == 1 and not is_model else None
 
 
 def load_policy(unet, path):
@@ -213,7 +210,7 @@ def load_policy(unet, path):
     if "conv_in.weight" in state:
         policy = Policy(unet, full=True)
     else:
-        # B comes times alpha / rank, so that the layers' own scale is 1 as in training
+        # B comes times alpha / rank: the layers' own scale is 1
         layers, state = lora.read_lora(file, state), {}
         for name, (A, B) in layers.items():
             state |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}

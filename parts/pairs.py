@@ -10,7 +10,6 @@ What may be read, what labels mean, where latents are kept: docs/pairs.md.
 """
 
 import collections
-import csv
 import hashlib
 import io
 import json
@@ -24,9 +23,17 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from loss import noise_log_ratio
-from parts.common import UserError, hold_out, make_folder, progress_bar, read_prompts
+from parts.common import (
+    UserError,
+    cell_of,
+    hold_out,
+    make_folder,
+    progress_bar,
+    read_prompts,
+    read_rows,
+)
 from parts.images import read_image
-from parts.model import encode_prompts, latent_shape, predict_noise, text_length
+from parts.model import encode_prompts, latent_shape, predict_noise, say_cut
 from parts.weights import first_line
 
 # what every wrong file is answered with
@@ -35,7 +42,6 @@ NEEDED = (
     "its columns prompt (or caption), winner, loser and, if any, label in [0, 1], with commas "
     "between them; quote a caption that has commas"
 )
-PICK_A_PIC = {"jpg_0": "winner", "jpg_1": "loser", "label_0": "label"}  # its names for them
 STEPS_A_CHUNK = 20  # optimiser steps; a run is saved after every chunk
 # of winner and loser the keys of their latents; weight, in the loss: |2 label - 1|
 Pair = collections.namedtuple("Pair", "caption winner loser weight")
@@ -47,7 +53,7 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     Raises UserError for a wrong file, an empty set, and for missing or damaged images: their pairs
     are named once all others are encoded; skip_bad leaves them out instead.
     """
-    folder, longest = latents_folder(cache_dir, pipe), text_length(pipe)
+    folder = latents_folder(cache_dir, pipe)
     pairs, bad, notes = [], [], collections.Counter()
     bar = progress_bar(iterable=records(path), desc="encoding", unit=" pairs", disable=quiet)
     for caption, images, weight, where in bar:
@@ -61,8 +67,6 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
             notes["left out, pairs of an image with itself"] += 1
         else:
             pairs.append(Pair(caption, winner, loser, weight))
-            if len(pipe.tokenizer(caption, verbose=False).input_ids) > longest:
-                notes[f"captions of more than {longest} tokens, cut there"] += 1
     if bad:
         rows = ", ".join(bad[:5])
         what = f"pairs with no caption or images missing, damaged or too large: {len(bad)} ({rows})"
@@ -73,7 +77,9 @@ def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
         print(f"{what}: {count}")
     if not pairs:
         raise UserError(f"{path} holds no pair that can be trained on: give {NEEDED}")
-    return PairSet(pairs, pipe, folder, seed)
+    data = PairSet(pairs, pipe, folder, seed)
+    say_cut(pipe, data.captions)
+    return data
 
 
 class PairSet:
@@ -148,7 +154,7 @@ def records(path):
     for file in files or [path]:
         where = file
         try:
-            for number, row in enumerate(read_rows(file), 1):
+            for number, row in enumerate(read_rows(file, blank=""), 1):
                 where = f"row {number} of {file}"
                 yield *to_record(row, file.parent), where
                 where = file
@@ -170,46 +176,21 @@ def parquet_files(path):
     return train if others else files
 
 
-def read_rows(path):
-    """{column: cell} of the rows of a file, a few in memory at a time."""
-    with open(path, "rb") as file:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            parquet, columns = ParquetFile(file), ["caption", *PICK_A_PIC]
-            if "jpg_0" not in parquet.schema_arrow.names:  # such as TRL's
-                columns = None
-            for batch in parquet.iter_batches(16, columns=columns):
-                yield from (batch.rename_columns(PICK_A_PIC) if columns else batch).to_pylist()
-        elif path.suffix == ".csv":
-            text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-            yield from csv.DictReader(text, restval="")
-        else:
-            yield from (json.loads(line) for line in file if line.strip())
-
-
 def to_record(row, folder):
     """(caption, [winner, loser], weight); an image as its Path or the file's bytes, the caption ""
     where there is none."""
-    cells = {column.strip().lower(): cell for column, cell in row.items()}
-    columns = []  # of caption, winner and loser
-    for names in (("prompt", "caption"), ("winner", "chosen"), ("loser", "rejected")):
-        there = [name for name in names if name in cells]
-        if not there:
-            raise ValueError(f"its columns are {', '.join(cells)}")
-        columns.append(there[0])
-    caption = cells[columns[0]] or cells.get("caption")
+    caption = cell_of(row, ("prompt", "caption")) or cell_of(row, ("caption", "prompt"))
     caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     caption.encode()  # half a surrogate pair, which JSON can hold, is no text
     images = []
-    for column in columns[1:]:
-        cell = cells[column]
+    for names in (("winner", "chosen", "jpg_0"), ("loser", "rejected", "jpg_1")):
+        cell = cell_of(row, names)  # jpg_0, jpg_1, label_0: Pick-a-Pic's
         if isinstance(cell, dict):  # so the hub's Image type writes it
             cell = cell.get("bytes")
         if isinstance(cell, str):  # a path, perhaps of Windows
             cell = folder / cell.strip().replace("\\", "/")
         images.append(cell)
-    label = cells.get("label", "")
+    label = cell_of({"label": ""} | row, ("label_0", "label"))
     label = float({"": 1, None: 0.5}.get(label, label))  # none; null, in Parquet and JSON
     if not 0 <= label <= 1:
         raise ValueError("a label outside [0, 1]")

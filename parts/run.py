@@ -29,6 +29,7 @@ from PIL import Image
 from parts import common
 from parts.common import UserError, markdown, peak_gb, read_json, write_file
 from parts.diversity import load_metric
+from parts.images import to_pixels
 from parts.model import policy_file
 
 NEED_NO_WEIGHTS = ("rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d")
@@ -40,22 +41,24 @@ class Run:
     def __init__(self, folder, config, rank=0):
         self.folder, self.config, self.rank = folder, config, rank
         self.step = self.chunk = self.seen = 0
-        self.log_path = os.path.join(folder, "metrics.jsonl")
-        self.state_path = os.path.join(folder, "state.pt")
+        self.config_path, self.state_path = f"{folder}/config.json", f"{folder}/state.pt"
+        self.log_path = f"{folder}/metrics.jsonl"
 
     def begin(self, policy, opt, scaler):
         """Writes a new run's first state or, with --resume, goes on from the one that is there."""
         if self.rank == 0:
             self.take()
         resume, there = self.config["args"]["resume"], os.path.exists(self.state_path)
+        elsewhere = "start again in another --output_dir"
         if resume:
-            self.check_digest()
-        if resume and not there and os.path.exists(self.log_path):
-            what = f"nothing to resume in {self.folder!r}: its state.pt is gone"
-            raise UserError(f"{what}; start again in another --output_dir")
+            saved = read_json(self.config_path, "nothing to resume")
+            if saved["digest"] != self.config["digest"]:
+                what = "the prompts, or the pairs or their images, were edited since this run began"
+                raise UserError(f"{self.config_path}: {what}: put them back, or {elsewhere}")
+            if not there and os.path.exists(self.log_path):
+                raise UserError(f"nothing to resume: {self.state_path} is gone: {elsewhere}")
         if self.rank == 0:
-            config = json.dumps(self.config, indent=2) + "\n"
-            write_file(os.path.join(self.folder, "config.json"), config)
+            write_file(self.config_path, json.dumps(self.config, indent=2) + "\n")
         if resume and there:
             self.load(policy, opt, scaler)
             print(f"resumed at optimiser step {self.step}, chunk {self.chunk + 1}")
@@ -64,38 +67,31 @@ class Run:
 
     def take(self):
         """One process a folder; a lock that its death releases."""
-        self.lock = FileLock(os.path.join(self.folder, "lock"))
+        self.lock = FileLock(f"{self.folder}/lock")
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
-            path = os.path.join(self.folder, "config.json")
-            config = read_json(path, "wait") if os.path.exists(path) else {}
-            who = config.get("process", "another process")
+            who = "another process"
+            if os.path.exists(self.config_path):
+                who = read_json(self.config_path, "wait").get("process", who)
             fix = "wait for it, or take another --output_dir"
             raise UserError(f"{who} trains in {self.folder!r}: {fix}") from error
-        there = os.path.exists(os.path.join(self.folder, "config.json"))
-        if there and not self.config["args"]["resume"]:  # since the flags were read
+        # since the flags were read
+        if os.path.exists(self.config_path) and not self.config["args"]["resume"]:
             raise UserError(f"{self.folder!r} already holds a run: take another --output_dir")
-
-    def check_digest(self):
-        path = os.path.join(self.folder, "config.json")
-        saved = read_json(path, "nothing to resume")
-        if saved["digest"] != self.config["digest"]:
-            what = "the prompts, or the pairs or their images, were edited since this run began"
-            raise UserError(f"{path}: {what}: put them back, or start in another --output_dir")
 
     def save(self, policy, opt, scaler):
         """The policy for others, then all that a bit-for-bit continuation needs."""
         if self.rank:
             return
         self.export(policy)
-        there = os.path.exists(self.log_path)
+        log = Path(self.log_path)
         state = {
             "policy": policy.state(),
             "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict(),
             "position": [self.step, self.chunk, self.seen],
-            "log_bytes": os.path.getsize(self.log_path) if there else 0,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
         }
         write_file(self.state_path, lambda file: torch.save(state, file))
 
@@ -108,11 +104,10 @@ class Run:
 
     def keep(self, policy, epoch):
         """epochs/NNN.safetensors: that epoch's policy, a LoRA or a whole UNet, for evaluate.py."""
-        if self.rank == 0:
-            self.export(policy)
-            os.makedirs(os.path.join(self.folder, "epochs"), exist_ok=True)
-            path = os.path.join(self.folder, "epochs", f"{epoch:03d}.safetensors")
-            write_file(path, Path(policy_file(self.folder)).read_bytes())
+        self.export(policy)
+        os.makedirs(f"{self.folder}/epochs", exist_ok=True)
+        weights = Path(policy_file(self.folder)).read_bytes()
+        write_file(f"{self.folder}/epochs/{epoch:03d}.safetensors", weights)
 
     def load(self, policy, opt, scaler):
         try:
@@ -181,7 +176,7 @@ class Run:
         evaluated = read_evaluated(self.folder)
         first, last = evaluated[min(evaluated)], evaluated[max(evaluated)]
         table, changes = before_after_table(first, last, count)
-        write_file(os.path.join(self.folder, "table.md"), table)
+        write_file(f"{self.folder}/table.md", table)
         self.log("table", figures=changes)
         print(f"\n{table}(+- is the standard error over prompts; of the change, of the paired")
         print("difference. It does not see the noise of training: run other seeds for that.)")
@@ -225,11 +220,11 @@ def environment(device):
     name = f"cpu, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     commit = None  # where there is no git, or no repository
     if shutil.which("git"):
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = subprocess.run(command, **options).stdout.strip() or None
     process = f"process {os.getpid()} on {socket.gethostname()}"
     return {"versions": versions, "git_commit": commit, "device": name, "process": process}
 
@@ -240,30 +235,21 @@ def save_pictures(folder, prompts, reference, images, epoch):
     for p, prompt in enumerate(prompts):
         rows.append((f"{prompt}   [reference]", reference[p]))
         rows.append((f"{prompt}   [aligned, epoch {epoch}]", images[p]))
-    samples = os.path.join(folder, "samples")
     cell = 96 if images.shape[-1] < 128 else 256
-    common.labelled_grid(rows, os.path.join(samples, f"epoch_{epoch:03d}.png"), cell)
+    common.labelled_grid(rows, f"{folder}/samples/epoch_{epoch:03d}.png", cell)
     frames = []
-    for name in sorted(os.listdir(samples)):
-        if name.endswith(".png"):
-            frame = Image.open(os.path.join(samples, name))
-            frame.thumbnail((640, 640))
-            frames.append(frame.quantize(64))
+    for path in sorted(Path(folder, "samples").glob("*.png")):
+        frame = Image.open(path)
+        frame.thumbnail((640, 640))
+        frames.append(frame.quantize(64))
     options = dict(save_all=True, append_images=frames[1:], duration=600, loop=0)
-    path = os.path.join(folder, "evolution.gif")
+    path = f"{folder}/evolution.gif"
     write_file(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
 def read_log(folder, kind):
-    path, records = os.path.join(folder, "metrics.jsonl"), []
     fix = "delete that file, and the run goes on without its log"
-    settings = common.settings_class(path, fix)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                records.append(json.loads(line, object_hook=settings))
-            except ValueError as error:  # JSON's, and UTF-8's
-                raise UserError(f"{path}, line {number} is damaged ({error}): {fix}") from error
+    records = read_json(f"{folder}/metrics.jsonl", fix)
     return [record for record in records if record["kind"] == kind]
 
 
@@ -302,15 +288,15 @@ def draw_curves(folder):
     means = [np.nanmean(np.array(values[metric], dtype=float)) for values in evaluated.values()]
     axes[4].plot(evaluated.keys(), means, "o-", color="#2166ac")
     axes[4].set(title=f"held-out prompts: {metric}", xlabel="epoch")
-    common.save_figure(figure, os.path.join(folder, "curves.png"))
+    common.save_figure(figure, f"{folder}/curves.png")
 
 
 def values_per_prompt(judge, prompts, images):
     """{metric: P values} of images (P, K, 3, H, W), as 8-bit files hold them: means over a prompt's
     K images, or over each two of them; None where no value is finite. judge None: no scores."""
     P, K = images.shape[:2]
-    eight_bit = (images * 255).round().clamp(0, 255).byte()
-    flat = eight_bit.flatten(0, 1).float() / 255  # (P K, 3, H, W)
+    pictures = common.to_8_bits(images)  # (P, K, H, W, 3)
+    flat = to_pixels(pictures.flatten(0, 1)).contiguous()  # (P K, 3, H, W)
     values = {}  # {metric: P rows}
     if judge:
         text = judge.encode(prompts).repeat_interleave(K, 0)
@@ -319,7 +305,6 @@ def values_per_prompt(judge, prompts, images):
     if hasattr(judge, "report"):
         each = [prompt for prompt in prompts for _ in range(K)]
         values |= {name: x.view(P, K) for name, x in judge.report(flat, each).items()}
-    pictures = [[image.permute(1, 2, 0) for image in row] for row in eight_bit]
     for metric in NEED_NO_WEIGHTS:
         prepare, compare = load_metric(metric, "cpu", None)
         rows = [[prepare(picture) for picture in row] for row in pictures]
@@ -345,10 +330,10 @@ def before_after_table(before, after, count):
         cells, means = [name], []
         for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
-            mean, error = values.mean(), math.nan
+            mean, error, spread = values.mean(), math.nan, ""
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
-            spread = f" +- {error:#.3g}" if len(values) > 1 else ""
+                spread = f" +- {error:#.3g}"
             cells.append(f"{mean:{sign}#.4g}{spread}")
             means.append(float(mean))
         rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from parts.hub import WeightsMissing, find_url, first_line, from_hub
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # runwayml's is gone; this copy lives
 FP16_MAX = 65504
-TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "toy")
+TOY = str(Path(__file__).resolve().parents[1] / "toy")
 
 
 def find(repo, file=None, weights=None, repo_type="model"):
@@ -32,8 +33,8 @@ def find(repo, file=None, weights=None, repo_type="model"):
     """
     command = f"hf download {repo} {file or ''} --repo-type {repo_type}"
     if weights:
-        folder = os.path.join(weights, repo.split("/")[-1])
-        places = [os.path.join(folder, file), os.path.join(weights, file)] if file else [folder]
+        folder = f"{weights}/{repo.split('/')[-1]}"
+        places = [f"{folder}/{file}", f"{weights}/{file}"] if file else [folder]
         for place in places:
             if os.path.exists(place):
                 return place
@@ -42,10 +43,9 @@ def find(repo, file=None, weights=None, repo_type="model"):
         return from_hub(repo, hub.MODEL, has_weights)
 
     def is_there(folder):
-        return os.path.exists(os.path.join(folder, file))
+        return os.path.exists(f"{folder}/{file}")
 
-    folder = from_hub(repo, re.escape(file), is_there, repo_type, command)
-    return os.path.join(folder, file)
+    return f"{from_hub(repo, re.escape(file), is_there, repo_type, command)}/{file}"
 
 
 def read_state(path):
@@ -68,11 +68,11 @@ def read_state(path):
 def weight_files(folder):
     """The shards of a model's folder, as safetensors if there are any."""
     form = r"(diffusion_)?(pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(name for name in there if re.fullmatch(form, name))
-    safe = [name for name in names if name.endswith(".safetensors")]
-    full = [name for name in safe or names if ".fp16." not in name]
-    return [os.path.join(folder, name) for name in full or safe or names]
+    there = sorted(Path(folder).glob("*"))
+    files = [file for file in there if re.fullmatch(form, file.name)]
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    full = [file for file in safe or files if ".fp16." not in file.name]
+    return [str(file) for file in full or safe or files]
 
 
 def has_weights(folder):
@@ -80,7 +80,7 @@ def has_weights(folder):
     files = weight_files(folder)
     shards = re.search(r"-of-(\d+)", files[0]) if files else None
     count = int(shards[1]) if shards else 1
-    return len(files) >= count and os.path.exists(os.path.join(folder, "config.json"))
+    return len(files) >= count and os.path.exists(f"{folder}/config.json")
 
 
 def read_folder(folder):
@@ -95,33 +95,33 @@ def read_folder(folder):
 
 
 def read_config(folder, name="config.json"):
-    return read_json(os.path.join(folder, name), "copy it there again")
+    return read_json(f"{folder}/{name}", "copy it there again")
 
 
 def has_vocabulary(folder):
     """Whether a tokenizer's words are there: without them its class would take any text, and make
     the same token of every word."""
-    there = [name for name in os.listdir(folder) if os.path.getsize(os.path.join(folder, name))]
-    return {"vocab.json", "merges.txt"} <= set(there) or any(
-        name in there for name in ("tokenizer.json", "vocab.txt", "spiece.model")
-    )
+    there = {path.name for path in Path(folder).glob("*") if path.stat().st_size}
+    alone = {"tokenizer.json", "vocab.txt", "spiece.model"}
+    return not alone.isdisjoint(there) or {"vocab.json", "merges.txt"} <= there
 
 
 def load_tokenizer(cls, repo, weights=None):
     if weights:
-        return read_tokenizer(cls, find(repo, None, weights))
-    return read_tokenizer(cls, from_hub(repo, hub.TOKENIZER, has_vocabulary))
+        folder = find(repo, None, weights)
+    else:
+        folder = from_hub(repo, hub.TOKENIZER, has_vocabulary)
+    return read_tokenizer(cls, folder)
 
 
 def read_tokenizer(cls, folder):
     """Raises WeightsMissing unless it has words, and the merges that make them of letters."""
     try:
         tokenizer = cls.from_pretrained(folder, local_files_only=True)
-        words, merges = len(tokenizer) - len(tokenizer.all_special_tokens), None
-        if os.path.exists(os.path.join(folder, "merges.txt")):
-            with open(os.path.join(folder, "merges.txt"), "rb") as file:
-                merges = len(file.readlines())  # about one a word
-        if words <= 0 or (merges is not None and merges < words / 2) or not has_vocabulary(folder):
+        words = len(tokenizer) - len(tokenizer.all_special_tokens)
+        merges = Path(folder, "merges.txt")  # about one a word
+        is_cut = merges.exists() and merges.read_bytes().count(b"\n") < words / 2
+        if words <= 0 or is_cut or not has_vocabulary(folder):
             raise ValueError("words or merges are missing")
     except Exception as error:  # a dozen types
         files = "tokenizer.json, or vocab.json and merges.txt, vocab.txt or spiece.model"
@@ -133,20 +133,17 @@ def read_tokenizer(cls, folder):
 def check_keys(expected, state, path):
     """Raises UserError unless the two {name: tensor} have the same names and shapes, and the second
     holds numbers that fp16 holds: others (NaN, a flipped bit) would paint black pictures."""
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            what = f"lacks {name}"
-        elif name not in expected:
-            what = f"has a surplus {name}"
-        elif expected[name].shape != state[name].shape:
-            shape, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+    for name in sorted(expected.keys() ^ state.keys()):
+        what = "lacks" if name in expected else "has a surplus"
+        raise UserError(f"{path} {what} {name}: is it for this model?")
+    for name, tensor in state.items():
+        shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+        if shape != wanted:
             what = f"has {name} of shape {shape}, not {wanted}"
-        elif state[name].is_floating_point() and not (state[name].abs() <= FP16_MAX).all():
-            what = "is not finite, or beyond what fp16 holds"
-            raise UserError(f"{path}: {name} {what}: copy it again, or train it anew")
-        else:
-            continue
-        raise UserError(f"{path} {what}: is it for this model?")
+            raise UserError(f"{path} {what}: is it for this model?")
+        if tensor.is_floating_point() and not (tensor.abs() <= FP16_MAX).all():
+            what = "is not finite, or beyond what fp16 holds: copy it again, or train it anew"
+            raise UserError(f"{path}: {name} {what}")
 
 
 def build(make, state, path, device, dtype=torch.float32):
@@ -160,10 +157,9 @@ def build(make, state, path, device, dtype=torch.float32):
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     module.load_state_dict(cast, assign=True)
     for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            # 0, 1, 2, ... of the position embeddings: a buffer that no checkpoint holds
-            if buffer.is_meta and name == "position_ids":
-                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+        if hasattr(part, "position_ids"):  # 0, 1, 2, ...: a buffer that no checkpoint need hold
+            shape = part.position_ids.shape
+            part.position_ids = torch.arange(shape[-1]).expand(shape)
     return module.requires_grad_(False).eval().to(device)
 
 
@@ -176,13 +172,13 @@ def resolve_model(model):
 
 def read_train_json(where):
     """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
-    path = os.path.join(where, "train.json")
+    path = f"{where}/train.json"
     return read_json(path, "mend it") if os.path.exists(path) else {}
 
 
 def find_prompts(where):
     """Path of the prompts that a model's folder brings, or None."""
-    path = os.path.join(where, "prompts.txt")
+    path = f"{where}/prompts.txt"
     return path if os.path.exists(path) else None
 
 
@@ -231,11 +227,11 @@ PARTS = ("unet", "vae", "text_encoder")
 
 
 def has_configs(folder):
-    return all(os.path.exists(os.path.join(folder, name)) for name in CONFIG_FILES)
+    return all(os.path.exists(f"{folder}/{name}") for name in CONFIG_FILES)
 
 
 def is_whole_model(folder):
-    return has_configs(folder) and all(has_weights(os.path.join(folder, part)) for part in PARTS)
+    return has_configs(folder) and all(has_weights(f"{folder}/{part}") for part in PARTS)
 
 
 def find_configs(where):
@@ -257,11 +253,10 @@ def find_model(model):
         check_kind(folder, where)
         return folder, where
     if os.path.isdir(where):
-        for name in (*CONFIG_FILES, *PARTS):
-            path = os.path.join(where, name)
-            if not os.path.exists(path) or (name in PARTS and not has_weights(path)):
-                what = f"{name}'s weights" if name in PARTS else name
-                raise UserError(f"model folder {where!r} lacks {what}: give a whole one")
+        lacking = [name for name in CONFIG_FILES if not os.path.exists(f"{where}/{name}")]
+        lacking += [f"{part}'s weights" for part in PARTS if not has_weights(f"{where}/{part}")]
+        if lacking:
+            raise UserError(f"model folder {where!r} lacks {lacking[0]}: give a whole one")
         check_kind(where, where)
         return where, None
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
@@ -274,30 +269,34 @@ def find_model(model):
 def check_kind(folder, where):
     """Raises UserError for a model that is not of Stable Diffusion 1's kind, by its configurations:
     one text encoder, latents of the VAE's channels, noise predicted, nothing distilled."""
-    unet, vae, text_encoder = (read_config(os.path.join(folder, part)) for part in PARTS)
-    scheduler = read_config(os.path.join(folder, "scheduler"), "scheduler_config.json")
-    width, latent = unet.get("cross_attention_dim"), vae.get("latent_channels", 4)
-    if unet.get("addition_embed_type") or width != text_encoder.get("hidden_size", 512):
-        raise UserError(f"{where!r}: unet, text_encoder: not of Stable Diffusion 1's shape")
-    if unet.get("time_cond_proj_dim"):
-        raise UserError(f"{where!r} is distilled (LCM): its UNet has guidance built in")
-    if unet.get("in_channels", 4) != latent:
-        channels = f"UNet {unet['in_channels']} channels, VAE {latent}"
-        raise UserError(f"{where!r} is not a text-to-image model: {channels}")
-    kind = scheduler.get("_class_name", "")
-    if "FlowMatch" in kind or "EDM" in kind:  # their noise levels are others
-        raise UserError(f"a model of {kind} is not one of Stable Diffusion 1's kind")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise UserError(f"scheduler: only models that predict noise work, not {prediction}")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError("with zero-SNR betas the first x_t holds no signal, and X has no noise")
+    unet, vae, text_encoder = (read_config(f"{folder}/{part}") for part in PARTS)
+    scheduler = read_config(f"{folder}/scheduler", "scheduler_config.json")
+    kind, prediction = scheduler.get("_class_name", ""), scheduler.get("prediction_type", "epsilon")
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    widths = unet.get("cross_attention_dim"), text_encoder.get("hidden_size", 512)
+    is_xl = unet.get("addition_embed_type") or widths[0] != widths[1]
+    for is_so, fault in (
+        (is_xl, "unet, text_encoder: not of Stable Diffusion 1's shape"),
+        (unet.get("time_cond_proj_dim"), "its unet is distilled (LCM), with guidance built in"),
+        (channels != latent, f"not a text-to-image model: UNet {channels} channels, VAE {latent}"),
+        (
+            re.search("FlowMatch|EDM", kind),
+            f"{kind} has other noise levels than Stable Diffusion 1",
+        ),
+        (prediction != "epsilon", f"only models that predict noise work, not {prediction}"),
+        (
+            scheduler.get("rescale_betas_zero_snr"),
+            "with zero-SNR betas the first x_t has no signal",
+        ),
+    ):
+        if is_so:
+            raise UserError(f"model {where!r}: {fault}")
 
 
 def load_part(cls, folder, name, dtype):
     """A part of a model's folder, every tensor of it. The libraries would make up one that is
     missing, and only warn. Raises UserError, naming the first that is not as it should be."""
-    path = os.path.join(folder, name)
+    path = f"{folder}/{name}"
     files = weight_files(path)
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True)
     options |= dict(use_safetensors=files[0].endswith(".safetensors"), low_cpu_mem_usage=False)
@@ -308,10 +307,9 @@ def load_part(cls, folder, name, dtype):
         for file in files:
             read_state(file)  # which names a damaged one
         raise UserError(f"cannot load {path} ({first_line(error)}): copy it again") from error
-    faults = {"missing": "lacks", "unexpected": "has a surplus", "mismatched": "has a misshapen"}
-    for kind, what in faults.items():
+    for kind in ("missing", "unexpected", "mismatched"):
         for tensor in sorted(map(str, info[f"{kind}_keys"])):
-            raise UserError(f"{path} {what} {tensor}: copy the model again")
+            raise UserError(f"{path}: {kind} {tensor}: copy the model again")
     check_keys(part.state_dict(), part.state_dict(), path)
     return part
 
@@ -321,7 +319,7 @@ def convert_part(cls, folder, name, dtype, file, checkpoint):
     of its configurations."""
     from diffusers.loaders import single_file_utils
 
-    config = read_config(os.path.join(folder, name))
+    config = read_config(f"{folder}/{name}")
     if name == "text_encoder":
         make = functools.partial(cls, cls.config_class(**config))
         state = single_file_utils.convert_ldm_clip_checkpoint(checkpoint)

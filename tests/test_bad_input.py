@@ -86,10 +86,14 @@ def test_a_models_train_json(command, micro, tmp_path, change, words):
     assert code == 2 and words in err and err.count("\n") == 1
 
 
-EMPTY = [(b"", "is empty"), (b"\n  \n", "is empty"), (b"\xff\xfe\x00binary", "is not text")]
+EMPTY = [
+    (b"", "is empty"),
+    (b"\n  \n", "is empty"),
+    (b"\xff\xfe\x00binary", "cannot read prompts file"),
+]
 
 
-@pytest.mark.parametrize("content, words", [*EMPTY, (b"a\0b", "is not text")])
+@pytest.mark.parametrize("content, words", [*EMPTY, (b"a\0b", "cannot read prompts file")])
 def test_prompts_files(command, small_run, tmp_path, content, words):
     path = tmp_path / "p.txt"
     path.write_bytes(content)

@@ -216,14 +216,14 @@ def test_prompts_of_every_format(tmp_path, name, content):
     [
         ("p.txt", b"", "is empty"),
         ("p.txt", b"\n  \n", "is empty"),
-        ("p.txt", b"\xff\xfe\x00binary", "is not text"),
-        ("p.txt", b"a\0b", "is not text"),
-        ("p.json", b'{"caption": 1', "JSON list"),
-        ("p.json", b"[3]", "JSON list"),
-        ("p.json", b'"a sun"', "JSON list"),
-        ("p.json", b'[{"caption": null}]', "JSON list"),
-        ("p.json", b'{"a sun": 1, "a moon": 2}', "JSON list"),
-        ("p.json", b'[{"words": "a"}]', "JSON list"),
+        ("p.txt", b"\xff\xfe\x00binary", "cannot read prompts file"),
+        ("p.txt", b"a\0b", "cannot read prompts file"),
+        ("p.json", b'{"caption": 1', "with caption or prompt"),
+        ("p.json", b"[3]", "with caption or prompt"),
+        ("p.json", b'"a sun"', "with caption or prompt"),
+        ("p.json", b'[{"caption": null}]', "with caption or prompt"),
+        ("p.json", b'{"a sun": 1, "a moon": 2}', "with caption or prompt"),
+        ("p.json", b'[{"words": "a"}]', "with caption or prompt"),
         ("p.jsonl", b'{"prompt": "a sun"\n', "with caption or prompt"),
         ("p.csv", b"words\na sun\n", "with caption or prompt"),
         ("p.csv", b"id,caption\n1\n", "with caption or prompt"),
@@ -308,8 +308,8 @@ def test_a_figure_is_saved_and_closed(tmp_path):
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(2, 1))
-    save_figure(figure, str(tmp_path / "f.png"), dpi=50)
-    assert Image.open(tmp_path / "f.png").size == (100, 50)
+    save_figure(figure, str(tmp_path / "f.png"))
+    assert Image.open(tmp_path / "f.png").size == (260, 130)
     assert not plt.fignum_exists(figure.number)
 
 
@@ -358,7 +358,7 @@ def test_the_columns_found_are_shown(tmp_path):
     with pytest.raises(UserError, match="its columns are id, words"):
         read_prompts(str(tmp_path / "p.csv"))
     (tmp_path / "p.json").write_text('["a \\ud800 sun"]')
-    with pytest.raises(UserError, match="is not text"):
+    with pytest.raises(UserError, match="cannot read prompts file"):
         read_prompts(str(tmp_path / "p.json"))
 
 

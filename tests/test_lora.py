@@ -117,6 +117,13 @@ def test_pefts_names_are_the_same_tensors(own, tmp_path, dialect, alpha, rslora)
         assert torch.allclose(B, scale * own[f"unet.{layer}.lora_B.weight"])
 
 
+def test_a_damaged_header_names_the_file(own, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(own, file, {"format": "pt", "lora_adapter_metadata": '{"lora_alpha": '})
+    with pytest.raises(UserError, match="lora.safetensors holds no LoRA"):
+        read_lora(str(file), load_file(file))
+
+
 def first(own):
     return sorted(own)[0].removesuffix(".lora_A.weight")
 
@@ -124,7 +131,7 @@ def first(own):
 BAD = {
     "text encoder": (
         lambda s: s | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 8)},
-        "changes the text encoder: only a LoRA of the UNet alone",
+        "text_encoder.q_proj.lora_A.weight: only a LoRA of the UNet alone",
     ),
     "convolution": (
         lambda s: (
@@ -153,7 +160,7 @@ BAD = {
         "not finite",
     ),
     "half": (lambda s: {k: v for k, v in s.items() if "lora_A" in k}, "lacks unet."),
-    "nothing": (lambda s: {"other": torch.zeros(1)}, "holds no LoRA"),
+    "nothing": (lambda s: {"other": torch.zeros(1)}, "holds other: only a LoRA"),
 }
 
 

@@ -313,7 +313,7 @@ def test_load_policy_refuses_other_models_and_damaged_files(micro, pipe, tmp_pat
     with pytest.raises(UserError, match=f"lacks {name}"):
         load_policy(load_pipeline(micro).unet, path)
     save_file({"other": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="holds no LoRA"):
+    with pytest.raises(UserError, match="holds other: only a LoRA"):
         load_policy(load_pipeline(micro).unet, path)
     with open(path, "r+b") as file:
         file.truncate(50)

@@ -366,7 +366,7 @@ def test_long_captions_are_cut_and_counted(pipe, cache, tmp_path, capsys):
     rows = [("a sun " * 40, "a.png", "b.png"), ("a sun", "b.png", "a.png")]
     open_pairs(write_csv(tmp_path, rows), pipe, cache)
     most = pipe.tokenizer.model_max_length
-    assert f"captions of more than {most} tokens, cut there: 1" in capsys.readouterr().out
+    assert f"1 of 2 prompts have over {most} tokens, and are cut there" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
