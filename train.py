@@ -246,7 +246,8 @@ def make_show(args, pipe, policy, judge, held_out, run, world):
         if reference is None:  # it never changes
             with policy.reference():
                 reference = paint_with_bar(args, pipe, prompts, 6, "pictures, reference")
-        images = paint_with_bar(args, pipe, prompts, 6, "pictures")
+        # before the first step the policy is the reference
+        images = paint_with_bar(args, pipe, prompts, 6, "pictures") if epoch else reference
         save_pictures(args.output_dir, prompts, reference, images, epoch)
         if args.eval_interval and epoch % args.eval_interval == 0:
             score_held_out(args, pipe, judge, held_out, run, epoch)

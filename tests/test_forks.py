@@ -107,7 +107,7 @@ def steps_of(folder):
 def test_a_divergence(fork, small_run, tmp_path):
     """The maths' own tests pass with one row more, and train.py knows it."""
     files = [f"tests/test_{name}.py" for name in ("divergences", "loss", "landscape")]
-    chosen = ["-k", "mixed or names or statement or curvature"]
+    chosen = ["-k", "(mixed or names or statement or curvature) and not random_search"]
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     ended = subprocess.run([*pytest_, *chosen, *files], capture_output=True, **fork.options)
     assert ended.returncode == 0, ended.stdout
