@@ -236,7 +236,11 @@ def read_rows(path, blank=None):
                 yield from batch.to_pylist()
         elif is_table:
             tab = "\t" if kind == ".tsv" else ","
-            yield from csv.DictReader(text, restval=blank, delimiter=tab)
+            rows = csv.DictReader(text, restval=blank, delimiter=tab)
+            for row in rows:
+                if None in row:
+                    raise ValueError(f"line {rows.line_num}: no column for {row[None]}: quote text")
+                yield row
         elif kind == ".jsonl":
             yield from (json.loads(line) for line in text if line.strip())
         elif kind == ".json":

@@ -357,6 +357,9 @@ def test_the_columns_found_are_shown(tmp_path):
     (tmp_path / "p.csv").write_text("id,words\n1,a sun\n")
     with pytest.raises(UserError, match="its columns are id, words"):
         read_prompts(str(tmp_path / "p.csv"))
+    (tmp_path / "p.csv").write_text("caption\na sun, red\n")  # a comma that is not quoted
+    with pytest.raises(UserError, match="line 2: no column for .' red'.: quote"):
+        read_prompts(str(tmp_path / "p.csv"))
     (tmp_path / "p.json").write_text('["a \\ud800 sun"]')
     with pytest.raises(UserError, match="cannot read prompts file"):
         read_prompts(str(tmp_path / "p.json"))

@@ -152,7 +152,7 @@ def start_all(command, folder):
     run, printed = f"{folder}/run", ""
     train = ["train.py", "--div", "js", "--model", SD15, "--output_dir", run]
     train += ["--num_eval_prompts", 1, "--num_inference_steps", 5, "--sample_batch_size", 2]
-    train += ["--max_train_steps", 1, "--images_per_prompt", 2]
+    train += ["--num_epochs", 1, "--images_per_prompt", 2]
     sample = ["sample.py", "a sun", "--lora", run, "--output_dir", f"{folder}/samples"]
     evaluate = ["evaluate.py", run, "--judges", "aesthetic", "--metrics", "lpips"]
     evaluate += ["--images_per_prompt", 2, "--output_dir", f"{folder}/evaluation"]
@@ -193,7 +193,7 @@ def test_two_ranks_download_once(everything, tiny_judges, prompts_file, tmp_path
     environment = {"HF_ENDPOINT": everything.address, "TINY_JUDGES": tiny_judges}
     environment["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
     flags = ["--model", SD15, "--prompts", prompts_file, "--num_inference_steps", 5]
-    flags += ["--sample_batch_size", 2, "--max_train_steps", 1, "--num_eval_prompts", 1]
+    flags += ["--sample_batch_size", 2, "--num_epochs", 1, "--num_eval_prompts", 1]
     flags += ["--images_per_prompt", 1, "--output_dir", tmp_path / "run"]
     ended = ranks("train.py", *flags, change=from_stand_in, environment=environment)
     assert [code for code, _ in ended] == [0, 0], ended

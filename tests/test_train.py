@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,12 +21,10 @@ import sample
 import train
 from divergences import NAMES, get_divergence
 from loss import alignment_loss, ddim_mean_std
-from parts import judges_clip
 from parts.flags import parse
 from parts.model import LORA_FILE, predict_noise
 from parts.ranks import World
 from parts.run import Run, save_pictures
-from parts.weights import SD15
 from toy import world as toy
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -586,56 +582,6 @@ def test_help_shows_the_defaults_in_force(command):
         args = parsed(["--model", "toy", *flag])
         assert all(getattr(args, name) == value for name, value in section.items())
     assert parsed(["--model", "somewhere"]).learning_rate == 6e-5  # SPO's, for any other model
-
-
-HUB = """import os, sys
-sys.path[:0] = sys.argv[1:3]
-import train, weights
-from parts.common import run_cli
-from conftest import paint_nothing, shrink_judges
-paint_nothing()
-shrink_judges(setattr, sys.argv[3])  # the sizes that no file states
-sys.argv = ["train.py", *sys.argv[4:]]
-run_cli(train.main)
-"""
-
-
-def test_the_readmes_sd15_command_from_a_hub_cache(micro, weights_dir, tmp_path):
-    """Offline after the first download: SD1.5's own id, the step-aware judge and SPO's prompts,
-    found where the hub's library and torch.hub keep them; small things of the same formats."""
-
-    def cached(repo, source, names=None):
-        home = tmp_path / "hub" / ("models--" + repo.replace("/", "--"))
-        snapshot = home / "snapshots" / ("a" * 40)
-        (home / "refs").mkdir(parents=True)
-        (home / "refs/main").write_text("a" * 40)
-        if names is None:
-            shutil.copytree(source, snapshot)
-            return
-        snapshot.mkdir(parents=True)
-        for name in names:
-            shutil.copy(os.path.join(source, name), snapshot / name)
-
-    clip_h, step_aware = judges_clip.CLIP_H, judges_clip.StepAware
-    cached(SD15, micro)
-    cached(clip_h, os.path.join(weights_dir, clip_h.split("/")[-1]))
-    folder = os.path.join(weights_dir, step_aware.repo.split("/")[-1])
-    cached(step_aware.repo, folder, [step_aware.file])
-    prompts = tmp_path / "4k.json"
-    captions = [{"caption": c, "trainset_idx": i} for i, c in enumerate(PROMPTS[:8])]
-    prompts.write_text(json.dumps(captions))
-    flags = ["--model", SD15, "--prompts", prompts, "--max_train_steps", 1, "--threshold", 0]
-    flags += ["--sample_batch_size", 3, "--num_children", 2, "--first_step", 1]
-    flags += ["--num_inference_steps", 4, "--train_batch_size", 2, "--num_eval_prompts", 2]
-    flags += ["--images_per_prompt", 1, "--device", "cpu", "--output_dir", tmp_path / "run"]
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", HUB, ROOT, os.path.join(ROOT, "tests"), weights_dir]
-    words += [str(word) for word in flags]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["args"]["judge"] == "step_aware" and config["args"]["model"] == SD15
-    assert "| step_aware |" in done.stdout and (tmp_path / "run" / LORA_FILE).exists()
 
 
 def test_a_preview_decoder_paints_for_the_judge(command, small_run, unpainted, tmp_path):
