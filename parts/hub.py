@@ -60,7 +60,7 @@ def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
     """The folder of a hub repository's files whose names fit the pattern `wanted`, of the cache if
     is_whole(folder). repo: owner/name, or owner/name@revision. Raises WeightsMissing."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     fix = fix or "is the id right? Where the hub is in reach the same command fills HF_HOME"
     repo_id, _, revision = repo.partition("@")
@@ -78,10 +78,11 @@ def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
         place["allow_patterns"] = choose_files(names, wanted)
         plan = snapshot_download(**place, dry_run=True)
         sizes = [file.file_size for file in plan if file.will_download]
-        what = f"downloading {repo}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"
+        what = f"downloading {repo}: {len(sizes)} files, {sum(sizes) / 1e6:,.2f} MB"
         print(f"{what}, to {constants.HF_HUB_CACHE} (HF_HOME)", file=sys.stderr, flush=True)
         enable_progress_bars()
         folder = snapshot_download(**place)
+        disable_progress_bars()  # the next plan has none
         if not is_whole(folder):
             raise OSError("the repository lacks a part of it")
         return folder

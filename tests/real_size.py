@@ -45,11 +45,13 @@ def measure(folder, config=StepAware.CONFIG, make=random_models.sd15):
 
     loaded, painted = (os.path.getmtime(f"{run}/{name}") for name in STAGES)
     parts["train.py: imports, models read"] = loaded - start
-    parts["the fixed prompt's pictures, reference and policy, 12 images"] = painted - loaded
+    parts["the fixed prompt's pictures, 6 images of 2 steps"] = painted - loaded
     rollout, steps = read_log(run, "rollout")[0], read_log(run, "step")
     parts[f"rollout, {rollout['pairs']} pairs of 1 prompt"] = rollout["seconds"]
     parts[f"{len(steps)} optimiser step(s)"] = sum(step["seconds"] for step in steps)
-    parts["pictures and table after training"] = end - painted - sum(list(parts.values())[-2:])
+    parts["pictures and table after training, 10 images"] = (
+        end - painted - sum(list(parts.values())[-2:])
+    )
     print("\n| part | seconds |\n|---|---|")
     for name, seconds in parts.items():
         print(f"| {name} | {seconds:.1f} |")

@@ -85,7 +85,7 @@ def test_a_first_start_takes_each_file_once_and_says_what_comes(hub, capsys):
     assert len(files) == len(set(files)) and len(files) == 10, files
     assert not [name for name in files if "fp16" in name or name.endswith((".bin", ".ckpt"))]
     size = sum((hub.repo / f"{name}.safetensors").stat().st_size for name in WEIGHTS) / 1e6
-    assert f"downloading some/model: 3 files, {size:.1f} MB, to " in said and "(HF_HOME)" in said
+    assert f"downloading some/model: 3 files, {size:.2f} MB, to " in said and "(HF_HOME)" in said
     for name, tensor in load_file(hub.repo / f"{WEIGHTS[0]}.safetensors").items():
         assert torch.equal(pipe.unet.state_dict()[name], tensor)
 
