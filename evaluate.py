@@ -117,7 +117,7 @@ def main():
             not_run[name] = str(error)  # its cells will say so
     with FileLock(f"{args.output_dir}/.lock"):  # or tables of fewer columns might come last
         write_tables(rows, args.output_dir, not_run)
-    print(f"In {args.output_dir}: table2.md, table3.md, summary.csv, images, scores (tradeoff.png)")
+    print(f"In {args.output_dir}: tables, summary.csv, images, scores; with a judge tradeoff.png")
     peak = common.peak_gb(args.device) or np.nan
     print(f"{time.time() - start:.0f} s, peak memory {peak:.2f} GB")
 
@@ -249,7 +249,8 @@ def paint(row, prompts, sampler, args):
     say_cut(pipe, prompts)
     if row.source != row.model:
         load_policy(pipe.unet, row.source)
-    with common.progress_bar(total=len(missing), unit="images", desc=f"painting {row.label}") as bar:
+    title = f"painting {row.label}"
+    with common.progress_bar(total=len(missing), unit="images", desc=title) as bar:
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
             captions = [prompts[p] for p, _ in batch]
