@@ -78,7 +78,7 @@ def compare_lora(model, run):
         load_policy(ours.unet, run)
         with_lora = ours.unet(*inputs).sample
         del ours
-        theirs = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        theirs = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
         theirs.load_lora_weights(run)
         layers = [name for name, _ in theirs.unet.named_modules() if name.endswith("lora_B")]
         gap = (theirs.unet(*inputs).sample - with_lora).abs().max().item()
