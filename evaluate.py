@@ -300,7 +300,8 @@ def score(rows, name, prompts, args):
                     images[k] = torch.as_tensor(read_image(row.files[p, k]), device=args.device)
                 sizes = {image.shape[:2] for image in images.values()}
                 if len(sizes) > 1 or min(min(sizes)) < least:
-                    raise UserError(f"{row.label}: {name} needs one size, from {least} pixels: {p}")
+                    what = f"{name} needs images of one size, of {least} pixels at least"
+                    raise UserError(f"{row.label}: {what}: not so for prompt {p}")
                 columns = measure(name, metric, images, prompts[p] if prompts else "")
                 lines += [(p, *line) for line in zip(*columns.values())]
         if not lines:

@@ -170,9 +170,9 @@ def resolve_model(model):
     return (TOY if model == "toy" else model), "asked for"
 
 
-def read_train_json(where):
+def read_train_json(model):
     """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
-    path = f"{where}/train.json"
+    path = f"{resolve_model(model)[0]}/train.json"
     return read_json(path, "mend it") if os.path.exists(path) else {}
 
 

@@ -333,7 +333,7 @@ def test_images_that_differ_by_their_turn_alone(evaluate_, folder):
     picture.save(folder / "0_0.png")
     picture.save(folder / "0_1.png", exif=exif)
     code, _, err = evaluate_(folder, "--judges", "none", "--metrics", "rmse")
-    assert code == 2 and "rmse needs one size" in last_line(err)
+    assert code == 2 and "rmse needs images of one size" in last_line(err)
 
 
 def test_sd15_is_known_by_its_shape(micro, tmp_path):
@@ -659,14 +659,14 @@ BAD = [
     (lambda f: truncate(f / "1_1.png"), [], "1 bad files (--skip_bad"),
     (lambda f: (f / "1_1.png").write_text("not an image"), [], "1_1.png"),
     (lambda f: (f / "cat.gif").write_text("x"), [], "cat.gif"),
-    (lambda f: save_picture(f / "1_1.png", 1, 1, 30), [], "rmse needs one size"),
+    (lambda f: save_picture(f / "1_1.png", 1, 1, 30), [], "rmse needs images of one size"),
     (lambda f: os.remove(f / "1_1.png"), [], "has 1 of 2 images 1_K.png"),
     (lambda f: save_picture(f / "7_0.png", 1, 1), [], "images of 4 prompts, but there are 3"),
     (lambda f: (f / "prompts.txt").write_text("a\nb\nc\nd"), [], "has 0 of 2 images 3_K.png"),
     (lambda f: (f / "prompts.txt").write_text(""), [], "is empty"),
     (lambda f: os.remove(f / "prompts.txt"), ["--judges", "clipscore"], "needs the prompts"),
     (lambda f: save_picture(f / "1_1.jpg", 1, 1), [], "are both image 1 of prompt 1"),
-    (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs one size, from 31 pixels"),
+    (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs images of one size, of 31 pixels"),
     (nothing, ["--images_per_prompt", 3], "has 2 of 3 images 0_K.png"),
     (nothing, ["--images_per_prompt", -1], "--images_per_prompt must lie"),
     (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),

@@ -44,7 +44,9 @@ def test_auto_is_sd15_where_there_is_cuda_else_the_toy(monkeypatch):
     assert resolve_model("some/model") == ("some/model", "asked for")
 
 
-def test_a_folder_brings_its_flags_and_prompts(tmp_path):
+def test_a_folder_brings_its_flags_and_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_train_json("toy")["judge"] == "taste"  # wherever one stands
     assert read_train_json(str(tmp_path)) == {} and find_prompts(str(tmp_path)) is None
     (tmp_path / "train.json").write_text('{"learning_rate": 0.5, "pairs": {"beta": 2}}')
     (tmp_path / "prompts.txt").write_text("a sun\n")
