@@ -666,7 +666,7 @@ BAD = [
     (lambda f: (f / "prompts.txt").write_text(""), [], "is empty"),
     (lambda f: os.remove(f / "prompts.txt"), ["--judges", "clipscore"], "needs the prompts"),
     (lambda f: save_picture(f / "1_1.jpg", 1, 1), [], "are both image 1 of prompt 1"),
-    (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs images of one size, of 31 pixels"),
+    (shrink_prompt_0, ["--metrics", "rmse", "lpips"], "lpips needs images of one size, of 31"),
     (nothing, ["--images_per_prompt", 3], "has 2 of 3 images 0_K.png"),
     (nothing, ["--images_per_prompt", -1], "--images_per_prompt must lie"),
     (nothing, ["--images_per_prompt", 1], "rmse compares the images of a prompt, and needs two"),
