@@ -33,7 +33,7 @@ from filelock import FileLock
 
 from parts import common, diversity, weights
 from parts.common import UserError
-from parts.flags import build_parser, check_range
+from parts.flags import build_parser, check_ranges
 from parts.images import list_images, read_image, to_pixels
 from parts.judges import JUDGES, load_judge
 from parts.model import load_pipeline, load_policy, policy_file, say_cut
@@ -128,8 +128,7 @@ def parse_args():
     for flag, known in (("--judges", JUDGES), ("--metrics", TABLE3)):
         parser.add_argument(flag, nargs="+", default=[], choices=[*known, "none"])
     args = parser.parse_args()
-    for name, (_, allowed, _) in FLAGS.items():
-        check_range(name, getattr(args, name), allowed)
+    check_ranges(FLAGS, args)
     if not (args.targets or args.paper):
         raise UserError("nothing to score: give a run, a LoRA file, a model or a folder of images")
     args.device = common.pick_device(args.device)

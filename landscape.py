@@ -32,7 +32,7 @@ from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
 from parts import optimum
 from parts.common import UserError, make_folder, markdown, run_cli, save_figure, write_csv
-from parts.flags import build_parser, check_range
+from parts.flags import build_parser, check_ranges
 from parts.run import read_log, running_mean
 
 PAPER = ("rkl", "alpha", "fkl", "js")  # the rows of the paper's tables
@@ -75,7 +75,7 @@ def parse_arguments():
     parser.add_argument("--div", nargs="+", choices=TABLE, default=TABLE, help=alphas)
     parser.add_argument("--runs", nargs="+", default=[], help="folders that train.py wrote")
     args = parser.parse_args()
-    check_range("beta", args.beta, "(0, inf)")
+    check_ranges(flags, args)
     return args
 
 

@@ -18,7 +18,7 @@ import torch
 
 from loss import ddim_mean_std, step_log_ratios
 from parts import common
-from parts.flags import check_range
+from parts.flags import build_parser, check_range, check_ranges
 from parts.model import (
     decode,
     encode_prompts,
@@ -263,45 +263,45 @@ def clear_pairs(parent, children, t, scores, threshold):
     return [rows[clear] for rows in (parent, x_w, x_l, times, prompt)]
 
 
-RANGES = {"num_inference_steps": "[1, 500]", "batch_size": "[1, inf)", "eta": "[0, inf)"}
-RANGES["guidance_scale"] = "(-inf, inf)"  # NaN is refused
+FLAGS = {  # flag: (default, its range, what it is)
+    "prompts": (None, None, "a file of prompts, one a line, instead or as well"),
+    "model": ("auto", None, "auto, toy, a folder, a single checkpoint or a hub id"),
+    "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
+    "guidance_scale": (5.0, "(-inf, inf)", "<= 1 is none"),
+    "eta": (0.0, "[0, inf)", "0: deterministic; 1: what training samples with"),
+    "batch_size": (16, "[1, inf)", "images at once"),
+    "device": ("auto", None, "auto, cpu, cuda, cuda:1"),
+    "output_dir": ("out/samples", None, "of the images and grid.png"),
+}
 
 
-def build_parser():
-    parser = common.Parser(description=__doc__)
-    flag = parser.add_argument
-    flag("prompt", nargs="*", help="prompts, each in quotes")
-    flag("--prompts", metavar="FILE", help="a file of prompts, one a line, instead or as well")
-    flag("--model", default="auto", help="auto, toy, a folder, a single checkpoint or a hub id")
+def parse_args():
+    parser = build_parser(FLAGS, __doc__)
+    parser.add_argument("prompt", nargs="*", help="prompts, each in quotes")
     runs = "runs' folders, --full or not, or LoRA files; of several, a gallery: a row a model"
-    flag("--lora", metavar="RUN", nargs="+", default=[], help=runs)
-    flag("--seeds", type=int, nargs="+", help="of every prompt (default: 0 to 5; a gallery: 0)")
-    flag("--num_inference_steps", type=int, default=20, help="DDIM steps")
-    flag("--guidance_scale", type=float, default=5.0, help="<= 1 is none")
-    flag("--eta", type=float, default=0.0, help="0: deterministic; 1: what training samples with")
-    flag("--batch_size", type=int, default=16, help="images at once")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    flag("--output_dir", default="out/samples")
-    return parser
+    parser.add_argument("--lora", metavar="RUN", nargs="+", default=[], help=runs)
+    seeds = "of every prompt (default: 0 to 5; a gallery: 0)"
+    parser.add_argument("--seeds", type=int, nargs="+", help=seeds)
+    args = parser.parse_args()
+    check_ranges(FLAGS, args)
+    args.prompt += common.read_prompts(args.prompts) if args.prompts else []
+    if not args.prompt:
+        raise common.UserError("nothing to paint: give a prompt in quotes, or --prompts FILE")
+    args.seeds = args.seeds or ([0] if len(args.lora) > 1 else [0, 1, 2, 3, 4, 5])
+    for seed in args.seeds:
+        check_range("seeds", seed, "[0, 18446744073709551616)")  # 64 bits
+    return args
 
 
 def main():
-    args = build_parser().parse_args()
-    prompts = args.prompt + (common.read_prompts(args.prompts) if args.prompts else [])
-    if not prompts:
-        raise common.UserError("nothing to paint: give a prompt in quotes, or --prompts FILE")
-    for name, allowed in RANGES.items():
-        check_range(name, getattr(args, name), allowed)
+    args = parse_args()
+    prompts, gallery = args.prompt, len(args.lora) > 1
     device = common.pick_device(args.device)
     config = os.path.join(args.lora[0] if args.lora else "", "config.json")
     if args.model == "auto" and args.lora and os.path.exists(config):  # a run knows its model
         args.model = common.read_json(config, "say --model")["args"]["model"]
     where, why = resolve_model(args.model)
     print(f"model: {where} ({why}), on {device}")
-    gallery = len(args.lora) > 1
-    args.seeds = args.seeds or ([0] if gallery else [0, 1, 2, 3, 4, 5])
-    for seed in args.seeds:
-        check_range("seeds", seed, "[0, 18446744073709551616)")  # 64 bits
     each = [prompt for prompt in prompts for _ in args.seeds]
     seeds = args.seeds * len(prompts)  # every prompt with every seed
     names = {os.path.basename(os.path.normpath(run)): run for run in args.lora}

@@ -37,7 +37,7 @@ from filelock import FileLock
 from divergences import get_divergence
 from parts import common, stats
 from parts.common import UserError
-from parts.flags import build_parser, check_range
+from parts.flags import build_parser, check_ranges
 from parts.run import read_evaluated
 from parts.weights import TOY, find_configs, read_config, read_train_json, resolve_model
 
@@ -120,8 +120,7 @@ def parse_args():
     parser.add_argument("--div", nargs="+", help=f"of {', '.join(PAPER)} and your own; all seven")
     parser.add_argument("--seeds", nargs="+", type=int, help="0 1 2")
     args = parser.parse_args(words)
-    for name, (_, allowed, _) in FLAGS.items():
-        check_range(name, getattr(args, name), allowed)
+    check_ranges(FLAGS, args)
     args.extra = sys.argv[len(words) + 2 :]  # behind --, flags of train.py
     args.pairs = args.pairs or f"{args.output_dir}/pairs"
     args.folder, _ = resolve_model(args.model)

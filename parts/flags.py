@@ -72,8 +72,7 @@ def parse(argv, description, flags, sections, free_on_resume):
         if args.pairs and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name} is about sampling pairs: leave it or --pairs out")
     of_run = f" (of {args.output_dir}/config.json)" if args.resume else ""
-    for name, (_, allowed, _) in flags.items():
-        check_range(name + of_run, getattr(args, name), allowed)
+    check_ranges(flags, args, of_run)
     return args, why
 
 
@@ -91,6 +90,12 @@ def resumed_args(parser, argv, output_dir, flags, free_on_resume):
         raise UserError(f"--resume with different settings: {what}; leave them out")
     args.resume, args.output_dir = True, output_dir
     return args
+
+
+def check_ranges(flags, args, where=""):
+    """Raises UserError, naming the first flag whose value is not allowed, and where it stands."""
+    for name, (_, allowed, _) in flags.items():
+        check_range(name + where, getattr(args, name), allowed)
 
 
 def check_range(name, value, allowed):
