@@ -4,7 +4,8 @@ python tests/bench.py                           a training step on the toy: forw
                                                 --pairs 10 pairs
 python tests/bench.py --loop                    the whole loop by part: a rollout of --prompts 4
                                                 and the training on its pairs
-python tests/bench.py --loop --model sd15 --device cuda --compile    SD1.5's size, random weights
+python tests/bench.py --loop --model sd15 --device cuda --compile    SD1.5's size, random weights;
+                                                with --preview DIR the judge sees that decoder
 python tests/bench.py --preview madebyollin/taesd --model HUB_ID     how often a preview decoder
                                                 and the VAE order two children alike
 python tests/bench.py --memory                  what a training step must hold at SD1.5's size:
@@ -66,14 +67,14 @@ from sample import collect_pairs
 from toy import world
 
 DIV, BETA = get_divergence("js"), 10.0
-THEIRS, OURS, COMPILED = "reference-like", "ours", "ours, compiled"
+THEIRS, OURS, COMPILED, PREVIEWED = "reference-like", "ours", "ours, compiled", "ours, previewed"
 
 
 def main():
     opts = build_parser().parse_args()
     opts.device = pick_device(opts.device)
     if opts.save:
-        random_models.save(opts.save, device=opts.device)
+        random_models.save(opts.save, make=functools.partial(load, opts.model), device=opts.device)
     elif opts.real_size:
         real_size.measure("out/real_size")
     elif opts.summary:
@@ -84,10 +85,10 @@ def main():
         bench_optimum(opts.repeats)
     elif opts.memory:
         random_models.count_memory()
-    elif opts.preview:
-        bench_preview(opts)
     elif opts.loop:
         bench_loop(opts)
+    elif opts.preview:
+        bench_preview(opts)
     else:
         bench_step(opts)
 
@@ -112,7 +113,7 @@ def build_parser():
     flag("--optimum", action="store_true", help="theorem 1's optimum of a million items")
     flag("--real_size", action="store_true", help="train.py on SD1.5's size, on a CPU")
     flag("--summary", metavar="RUN", help="what a run's log says of time and memory")
-    flag("--save", metavar="DIR", help="write SD1.5 and its judge with random weights")
+    flag("--save", metavar="DIR", help="write SD1.5, judge and preview decoder with random weights")
     return parser
 
 
@@ -232,6 +233,7 @@ class Way:
         if on_cuda and not theirs:
             for part in (self.pipe.unet, self.pipe.vae):
                 part.to(memory_format=torch.channels_last)
+        self.preview = load_preview(opts.preview, self.pipe) if name == PREVIEWED else None
         self.policy = Policy(self.pipe.unet, rank=4)
         judge_size = StepAware.CONFIG if opts.model == "sd15" else random_models.SMALL_JUDGE
         judge_dtype = torch.float16 if on_cuda and not theirs else torch.float32
@@ -266,7 +268,8 @@ class Way:
         generator = torch.Generator().manual_seed(seed)
         with mock.patch.multiple(sample, **timed):
             # threshold -1: every candidate is a pair, also where two scores are the same in fp16
-            return collect_pairs(self.pipe, judge, prompts, generator, threshold=-1.0)
+            options = dict(threshold=-1.0, preview=self.preview)
+            return collect_pairs(self.pipe, judge, prompts, generator, **options)
 
     def train(self, pairs):
         for batch in torch.arange(len(pairs.t), device=self.device).split(self.pairs_a_batch):
@@ -290,7 +293,8 @@ def bench_loop(opts):
     # SPO's own settings, for all ways
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     prompts = some_prompts(opts.prompts)
-    names = [THEIRS, OURS] + ([COMPILED] if opts.compile else [])
+    names = [THEIRS, OURS]
+    names += [COMPILED] * opts.compile + [PREVIEWED] * bool(opts.preview)
     ways = {name: Way(name, opts) for name in names}
     for way in ways.values():
         way.run(prompts)  # warm-up: allocator, cuDNN's choices, compilation

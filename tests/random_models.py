@@ -97,10 +97,13 @@ def step_aware(config, device="cpu", dtype=torch.float32):
 
 
 def save(folder, config=StepAware.CONFIG, make=sd15, device="cpu"):
-    """What train.py --model FOLDER/sd15 --weights FOLDER/weights reads, in fp16: 5 GB.
+    """What train.py --model FOLDER/sd15 --weights FOLDER/weights reads, in fp16: 5 GB; taesd, of
+    random weights too, is for its --preview_decoder.
 
     make: of the pipeline, sd15 or (in a test) something small.
     """
+    from diffusers import AutoencoderTiny
+
     pipe = make(device, torch.float16)
     pipe.save_pretrained(os.path.join(folder, "sd15"), safe_serialization=True)
     judge = step_aware(config, device, torch.float16)
@@ -109,6 +112,14 @@ def save(folder, config=StepAware.CONFIG, make=sd15, device="cpu"):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     torch.save({f"model.{k}": v.cpu() for k, v in judge.clip.state_dict().items()}, path)
     judge.tokenizer.save_pretrained(os.path.join(weights, CLIP_H.split("/")[1]))
+    blocks = len(pipe.vae.config.block_out_channels)
+    widths = dict.fromkeys(
+        ["encoder_block_out_channels", "decoder_block_out_channels"], [64] * blocks
+    )
+    counts = dict(
+        num_encoder_blocks=[1, 3, 3, 3][:blocks], num_decoder_blocks=[3, 3, 3, 1][-blocks:]
+    )
+    AutoencoderTiny(**widths, **counts).save_pretrained(os.path.join(folder, "taesd"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import random_models
 import real_size
 import timing
 import torch
+from test_fast import tiny_decoder
 
 from divergences import TABLE
 from parts import diversity
@@ -64,17 +65,19 @@ def test_training_step_has_the_gradients_of_the_reference_way(capsys, micro):
     assert "| reference-like | 8 |" in out and "3 pairs a step, 2 rounds" in out
 
 
-def test_loop_prints_each_part_and_its_ratio(capsys, micro):
-    out = run(capsys, "--model", micro, "--loop", "--repeats", 1, "--prompts", 1)
+def test_loop_prints_each_part_and_its_ratio(capsys, micro, tmp_path):
+    tiny = tiny_decoder(tmp_path)
+    flags = ["--loop", "--repeats", 1, "--prompts", 1, "--preview", tiny]
+    out = run(capsys, "--model", micro, *flags)
     assert "2 pairs a prompt, 1 rounds" in out  # every candidate, whatever the judge says
     assert out.count("| UNet | decode | judge | training | all |") == 2
     ours = [line for line in out.splitlines() if line.startswith("| ours |")]
-    assert len(ours) == 2 and ours[1].count(" to ") == 5
+    assert len(ours) == 2 and ours[1].count(" to ") == 5 and out.count("| ours, previewed |") == 2
 
 
 def test_both_ways_of_the_loop_train_alike(micro):
     """The same pairs of the same rollout, and the gradient of the reference's way."""
-    opts = types.SimpleNamespace(model=micro, device="cpu", pairs=2, prompts=2)
+    opts = types.SimpleNamespace(model=micro, device="cpu", pairs=2, prompts=2, preview=None)
     gradients = {}
     for name in (bench.THEIRS, bench.OURS):
         way = bench.Way(name, opts)
