@@ -143,8 +143,8 @@ def write_csv(path, header, rows):
 
 
 def markdown(rows):
-    """A table; rows of text, the first of them its header."""
-    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    """A table; the first of the rows is its header."""
+    lines = [f"| {' | '.join(map(str, row))} |\n" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|\n")
     return "".join(lines)
 

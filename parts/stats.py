@@ -255,7 +255,7 @@ def ends(o):
         error = np.mean(stats.sem(changes, axis=1, nan_policy="omit"))
         means = [f"{o.table(metric, [div]).mean():.4g}" for metric in o.original]
         gain = interval(o.gain([div], o.judge))
-        lines.append([div, str(len(seeds)), str(gain), f"{error:.2g}", *means])
+        lines.append([div, len(seeds), gain, f"{error:.2g}", *means])
     return markdown(lines)
 
 
@@ -282,7 +282,7 @@ def differences(o):
         d = o.difference(a, b, o.judge)
         n, found = len(d), interval(d)
         least = detectable(n) * np.std(d, ddof=1) if n > 1 else math.nan
-        lines.append([f"{a} - {b}", str(n), str(found), f"{found.p:.2g}", f"{least:.2g}"])
+        lines.append([f"{a} - {b}", n, found, f"{found.p:.2g}", f"{least:.2g}"])
     text = markdown(lines)
     for divs in dict.fromkeys([tuple(o.full_rows), tuple(o.divs)]):
         table = o.table(o.judge, divs)
@@ -305,8 +305,8 @@ def at_equal_taste(o, share):
         return f"{title}One run never rose, so there is no such level, and no table.\n"
     there = Outcome(o.runs, level)
     means = [f"{there.table(metric, [base]).mean():.4g}" for metric in DIVERSITY]
-    lines = [["row", "seeds", *DIVERSITY], [base, str(len(o.runs[base])), *means]]
+    lines = [["row", "seeds", *DIVERSITY], [base, len(o.runs[base]), *means]]
     for div in others:
         apart = [there.difference(div, base, metric) for metric in DIVERSITY]
-        lines.append([div, str(len(apart[0])), *(str(interval(d)) for d in apart)])
+        lines.append([div, len(apart[0]), *map(interval, apart)])
     return title + markdown(lines)
