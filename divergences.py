@@ -66,7 +66,7 @@ class Divergence:
 
 
 # Rewards are written in u with expm1 and log1p, not as df(exp(u)): near X = 1, where training is,
-# exp(u) in fp32 has lost the digits of u below 1e-7, and near |u| = 80 X (1 + X) overflows.
+# exp(u) in fp32 has lost the digits of u below 1e-7.
 
 
 def rkl():

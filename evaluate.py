@@ -60,7 +60,11 @@ TABLE3 = {
 }
 # flag: (default, its range, what it is)
 FLAGS = {
-    "prompts": ("", None, "a file, or hpdv2 (default: what a run held out, or prompts.txt)"),
+    "prompts": (
+        "",
+        None,
+        "a file, or hpdv2 (default: SD1.5's; else a run's held out, or prompts.txt)",
+    ),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
@@ -152,9 +156,9 @@ def find_rows(args):
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
     source = find_model(target)
-    # owner/name; but out/name is a run that is not there
-    is_hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", source) and not os.path.exists(source)
-    if is_hub_id or os.path.exists(f"{source}/model_index.json"):
+    # owner/name, owner/name@revision; but out/name is a run that is not there
+    is_hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+(@\S+)?", source)
+    if (is_hub_id and not os.path.exists(source)) or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
     if policy_file(source):
         run = weights.read_config(source) if os.path.exists(f"{source}/config.json") else {}
@@ -180,7 +184,7 @@ def choose_metrics(args, rows):
 def choose_prompts(args, rows):
     """Those of --prompts, or of the rows, which must agree on them."""
     path = args.prompts
-    if path == "hpdv2" or (rows[0].model == weights.SD15 and not path):  # SPO trains on others
+    if path == "hpdv2" or (is_sd15_id(rows[0].model) and not path):  # SPO trains on others
         path = weights.find("ymhao/HPDv2", "test.json", args.weights, "dataset")
     own = [own_prompts(row) for row in rows]
     prompts = common.read_prompts(path) if path else max(own, key=len)
@@ -416,9 +420,13 @@ def read_paper():
     return paper
 
 
+def is_sd15_id(model):
+    return (model or "").split("@")[0] == weights.SD15  # of any revision
+
+
 def is_sd15(model):
     if not os.path.isdir(model or ""):  # a hub id, or None: images of any model
-        return model in (weights.SD15, None)
+        return model is None or is_sd15_id(model)
     unet = common.read_json(f"{model}/unet/config.json", "give a diffusers folder")
     return (unet.get("sample_size", 64), unet.get("cross_attention_dim")) == (64, 768)
 

@@ -6,7 +6,7 @@ python sample.py "a red sun over a sea" --model toy --lora out/toy-js      a run
 python sample.py --prompts my.txt --lora out/toy-rkl out/toy-js            a gallery, as the paper's
                                                         Figure 1: a row a model, a column a prompt
 
-Writes a PNG per image and a labelled grid to --output_dir.
+Writes a PNG per image of the model asked for, and a labelled grid, to --output_dir.
 Seed k gives the same picture at any batch size. train.py and evaluate.py call the same functions.
 """
 
@@ -340,7 +340,7 @@ def main():
     cell = 128 if images.shape[-1] < 128 else 256
     captions = each if gallery else None
     common.labelled_grid(rows, os.path.join(args.output_dir, "grid.png"), cell, captions)
-    print(f"{len(each)} images of each model and grid.png in {args.output_dir}")
+    print(f"{len(each)} images and grid.png in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ A run is `train.py --eval_interval 3` in a process of its own. A finished run is
 cut one goes on by --resume: kill the study anywhere and give the same command. --output_dir gets
 
     runs.csv      figures of every held-out prompt (its number: its place in a run's config.json).
-                  div "original" is the model before training. Where f''(1) = 1, in all rows but js,
+                  div "original" is the model before training. Where f''(1) = 1, as in rkl and fkl,
                   `matched` is `published`: such a run stands in the file once, under that name.
                   digest is of the code and flags: others are refused, so run it from a clone
     study.md      tables and verdicts (parts/stats.py); study.png: taste against diversity
@@ -150,7 +150,8 @@ def plan(args):
 
 
 def where_run(setting, div):
-    """(setting, flags) of a run: where f''(1) is 1, a matched setting is its unmatched twin."""
+    """(the setting under whose name a run stands in runs.csv, its flags): where f''(1) is 1, a
+    matched setting is its unmatched twin."""
     flags, alpha = SETTINGS[setting], re.fullmatch(r"alpha([\d.]+)", div)
     try:
         row = get_divergence("alpha", float(alpha[1])) if alpha else get_divergence(div)
@@ -297,7 +298,7 @@ def read_outcomes(table):
     for setting, (home, div, seed, metric) in itertools.product(SETTINGS, values):
         if div != "original" and where_run(setting, div)[0] == home:
             start = values[home, "original", "", metric]
-            path = np.reshape(start + values[home, div, seed, metric], (-1, len(start)))
+            path = np.reshape([*start, *values[home, div, seed, metric]], (-1, len(start)))
             settings[setting].setdefault(div, {}).setdefault(seed, {})[metric] = path
     return {setting: stats.Outcome(runs) for setting, runs in settings.items()}
 

@@ -66,8 +66,8 @@ FLAGS = {
     "judge": ("step_aware", ("auto", "none", *JUDGES), "which model scores; auto: the default"),
     "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
-    "prompts": (None, None, ".txt, .json, .jsonl, .csv (default: the model's own, or SPO's 4,000)"),
-    "pairs": (None, None, "preference pairs: a folder or a .parquet file; parts/pairs.py"),
+    "prompts": (None, None, "a .txt, a table or JSON (default: the model's own, or SPO's 4,000)"),
+    "pairs": (None, None, "preference pairs, a folder or a file: docs/pairs.md"),
     "skip_bad": (False, None, "leave out pairs whose images are missing or damaged"),
     "cache_dir": ("out/latents", None, "where --pairs keeps encoded images, for all runs"),
     # sampling
@@ -181,7 +181,7 @@ def train(args, policy, source, div, beta, run, world, show):
                 show(run.seen // len(source))
             if run.chunk % args.checkpointing_chunks == 0 or run.seen >= end:
                 run.save(policy, opt, scaler)
-    return run.seen // len(source)
+    return math.ceil(run.seen / len(source))
 
 
 def slices(rows, size):

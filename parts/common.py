@@ -176,11 +176,8 @@ def write_png(image, path):
 
 
 def save_figure(figure, path):
-    """A matplotlib figure -> a PNG, and closed."""
-    import matplotlib.pyplot as plt
-
+    """A matplotlib figure -> a PNG."""
     write_file(path, lambda file: figure.savefig(file, dpi=130))
-    plt.close(figure)
 
 
 PROMPT_COLUMNS = ("caption", "prompt", "prompts", "text")  # whatever their case

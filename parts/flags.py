@@ -1,5 +1,5 @@
-"""How a flag of train.py gets its value: from its table, over that from the model's folder, over
-that from the run that is resumed, over that from the command line."""
+"""How a flag gets its value: from its script's table and, of train.py, over that from the model's
+folder, over that from the run that is resumed, over that from the command line."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,9 @@ def build_parser(flags, description):
             kind = float if allowed else str
         if name in PATHS:
             kind = whole_path
-        text = text.replace("%", "%%") + (" (default: %(default)s)" if default is not None else "")
+        text = text.replace("%", "%%") + (
+            " (default: %(default)s)" if default not in (None, "") else ""
+        )
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
 
@@ -84,6 +86,9 @@ def resumed_args(parser, argv, output_dir, flags, free_on_resume):
         raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    for name in saved:
+        if getattr(args, name) == "auto":  # the run says what that was
+            setattr(args, name, saved[name])
     changed = [k for k in saved if k not in free_on_resume and getattr(args, k) != saved[k]]
     if changed:
         what = ", ".join(f"{k} was {saved[k]}, now {getattr(args, k)}" for k in changed)

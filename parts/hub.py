@@ -81,8 +81,10 @@ def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
         what = f"downloading {repo}: {len(sizes)} files, {sum(sizes) / 1e6:,.2f} MB"
         print(f"{what}, to {constants.HF_HUB_CACHE} (HF_HOME)", file=sys.stderr, flush=True)
         enable_progress_bars()
-        folder = snapshot_download(**place)
-        disable_progress_bars()  # the next plan has none
+        try:
+            folder = snapshot_download(**place)
+        finally:
+            disable_progress_bars()  # the next plan has none
         if not is_whole(folder):
             raise OSError("the repository lacks a part of it")
         return folder

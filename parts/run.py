@@ -7,7 +7,7 @@ evolution.gif        those pictures, from the first epoch to the last
 curves.png table.md  the log as curves; held-out prompts before and after
 epochs/              with --eval_interval N: NNN.safetensors, the policy of every N-th epoch
 pytorch_lora_weights.safetensors, or unet/ of a --full run: for others
-state.pt             for --resume: policy, optimiser, position; written whole after every chunk
+state.pt             for --resume: policy, optimiser, position; every --checkpointing_chunks
 """
 
 import itertools
@@ -76,7 +76,7 @@ class Run:
                 who = read_json(self.config_path, "wait").get("process", who)
             fix = "wait for it, or take another --output_dir"
             raise UserError(f"{who} trains in {self.folder!r}: {fix}") from error
-        # since the flags were read
+        # another process may have begun here since flags.parse looked
         if os.path.exists(self.config_path) and not self.config["args"]["resume"]:
             raise UserError(f"{self.folder!r} already holds a run: take another --output_dir")
 
@@ -267,15 +267,15 @@ def running_mean(values, width=9):
 def draw_curves(folder):
     """curves.png: whether the judge (with --pairs the margin) rose, what the loss did, and the
     judge's mean over the held-out prompts."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")  # no window, even where there is a screen
     lines = {kind: read_log(folder, kind) for kind in ("step", "rollout")}
     if not lines["step"]:
         return
     first = ("rollout", "judge_final") if lines["rollout"] else ("step", "margin")
     panels = [first, *(("step", key) for key in ("loss", "accuracy", "clip_fraction"))]
-    figure, axes = plt.subplots(1, 5, figsize=(18, 3.2), layout="constrained")
+    figure = Figure((18, 3.2), layout="constrained")
+    axes = figure.subplots(1, 5)
     for ax, (kind, key) in zip(axes, panels):
         x, values = zip(*[(record["step"], record[key]) for record in lines[kind]])
         ax.plot(x, values, ".", ms=3, color="#bbbbbb")
@@ -323,14 +323,16 @@ def before_after_table(before, after, count):
     """(Markdown, {metric: {before, after, change, se}}) of two values_per_prompt of the same
     prompts and seeds. +- is the standard error over prompts; of the change, of its paired mean."""
     prompts = len(next(iter(before.values())))
+    lacking = [None] * prompts
     head = f"{prompts} held-out prompts x {count} images"
     rows, figures = [[head, "before", "after", "change", "change / its error"]], {}
     for name in before:
-        old, new = (np.array(values[name], dtype=float) for values in (before, after))
+        # equal pictures have no PSNR
+        old, new = (np.array(values.get(name, lacking), dtype=float) for values in (before, after))
         cells, means = [name], []
         for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
-            mean, error, spread = values.mean(), math.nan, ""
+            mean, error, spread = values.mean() if len(values) else math.nan, math.nan, ""
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
                 spread = f" +- {error:#.3g}"

@@ -55,7 +55,7 @@ def permutation_test(table, draws=9999):
     """(p, least p that such a table can give) of "the row does not matter"; table (rows, seeds).
 
     Labels are permuted within each seed but the first; the statistic is the variance of the rows'
-    means. Exact below 20,000 tables, else that many draws.
+    means. Exact below 20,000 tables, else `draws` of them.
     """
     k, n = table.shape
     if n == 0:
@@ -200,8 +200,8 @@ def c5(o):
             winner, loser = pair if lead.mean > 0 else pair[::-1]
             winners[winner] += 1
             beaten.add(loser)
-    ends = zip(o.table(o.judge, o.divs).T, o.table("rmse", o.divs).T)
-    slope = interval([np.polyfit(taste, rmse, 1)[0] for taste, rmse in ends])
+    by_seed = zip(o.table(o.judge, o.divs).T, o.table("rmse", o.divs).T)
+    slope = interval([np.polyfit(taste, rmse, 1)[0] for taste, rmse in by_seed])
     wins_all = (len(o.divs) - 1) * len(DIVERSITY) in winners.values()
     figure = f"{len(beaten)} of {len(o.divs)} rows beaten, slope of RMSE on taste {slope}"
     return len(beaten) == len(o.divs) and slope.high < 0, wins_all or slope.low > 0, figure

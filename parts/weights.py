@@ -186,7 +186,7 @@ def find_training_prompts(model, path=None, weights=None):
     """Path of what to train on: --prompts, or the model's own, or SPO's. Raises UserError."""
     where, _ = resolve_model(model)
     path = path or find_prompts(where)
-    if path is None and where == SD15:
+    if path is None and where.split("@")[0] == SD15:
         path = find_url(hub.SPO_PROMPTS_URL, weights)
     if path is None:
         what = f"{where!r} (of --model, or of the run's config.json)"

@@ -19,7 +19,7 @@ sys.path[:0] = [path for path in HERE if path not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join(HERE)
 
 import diffusers  # noqa: E402
-import matplotlib.pyplot  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402
 

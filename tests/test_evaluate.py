@@ -240,6 +240,14 @@ def test_a_black_image_is_counted(evaluate_, folder, home):
     assert float(fsim["mean"]) == pytest.approx(np.mean(scores(home, "theirs", "fsim")[:2]))
 
 
+def test_a_hub_id_may_have_a_revision():
+    model = f"{evaluate.weights.SD15}@v2"
+    row = evaluate.find_row(model, "auto")
+    assert row.model == row.source == model and evaluate.is_sd15(model)
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate.find_row("out/js", "auto")
+
+
 def test_arrows_point_to_what_varies_more(tmp_path, weights_dir, tiny_judges):
     """Images alike and images that differ: every metric moves along its arrow."""
     noise = np.random.default_rng(0).integers(-9, 10, (48, 48, 3))

@@ -169,7 +169,7 @@ def test_the_command_reads_prompts_from_a_file_too(command, micro, tmp_path):
     argv += ["--num_inference_steps", 2, "--model", micro, "--output_dir", tmp_path / "out"]
     code, out, err = command("sample.py", *argv)
     assert code == 0, err
-    assert "2 images of each model" in out
+    assert "2 images and grid.png" in out
     assert (tmp_path / "out/001_seed1.png").exists()
 
 

@@ -24,7 +24,7 @@ from loss import alignment_loss, ddim_mean_std
 from parts.flags import parse
 from parts.model import LORA_FILE, predict_noise
 from parts.ranks import World
-from parts.run import Run, save_pictures
+from parts.run import Run, before_after_table, save_pictures
 from toy import world as toy
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -527,6 +527,28 @@ def test_a_damaged_log_is_one_line_before_any_work(command, small_run, unpainted
         code, _, err = command("train.py", *resume, tmp_path / name)
         assert code == 0, err
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "hurt"))
+
+
+def test_a_run_that_has_enough_steps_keeps_its_epoch(command, small_run, unpainted, tmp_path):
+    """--resume with nothing left to do: the table is of the weights there, not of epoch 0 twice.
+    "auto" stands for what the run took."""
+    place = ["--output_dir", tmp_path / "r"]
+    assert (
+        command("train.py", *small_run, "--num_epochs", 2, "--max_train_steps", 4, *place)[0] == 0
+    )
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)["position"]
+    more = ["--resume", "--max_train_steps", 1, "--mixed_precision", "auto", *place]
+    code, _, err = command("train.py", *more)
+    assert code == 0 and state[0] >= 1, err
+    assert [line["epoch"] for line in records(tmp_path / "r", "eval")] == [0, 1]
+
+
+def test_a_collapsed_policy_gets_its_table():
+    """Equal pictures have no PSNR, and the log holds none."""
+    table, figures = before_after_table(
+        {"taste": [1.0, 2.0], "psnr": [30.0, 31.0]}, {"taste": [2, 2]}, 4
+    )
+    assert "| psnr | 30.50 +- 0.5 | nan | +nan | - |" in table.replace("0.500", "0.5"), table
 
 
 def test_a_run_may_be_made_longer(command, small_run, unpainted, tmp_path):
