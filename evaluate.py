@@ -60,11 +60,7 @@ TABLE3 = {
 }
 # flag: (default, its range, what it is)
 FLAGS = {
-    "prompts": (
-        "",
-        None,
-        "a file, or hpdv2 (default: SD1.5's; else a run's held out, or prompts.txt)",
-    ),
+    "prompts": ("", None, "a file, or hpdv2 (SD1.5's default; else held out, or prompts.txt)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
@@ -184,7 +180,7 @@ def choose_metrics(args, rows):
 def choose_prompts(args, rows):
     """Those of --prompts, or of the rows, which must agree on them."""
     path = args.prompts
-    if path == "hpdv2" or (is_sd15_id(rows[0].model) and not path):  # SPO trains on others
+    if path == "hpdv2" or (weights.is_sd15_id(rows[0].model) and not path):  # SPO trains on others
         path = weights.find("ymhao/HPDv2", "test.json", args.weights, "dataset")
     own = [own_prompts(row) for row in rows]
     prompts = common.read_prompts(path) if path else max(own, key=len)
@@ -282,7 +278,8 @@ def digest(paths, more):
     """Of the bytes of some files, and of what repr says of more."""
     total = hashlib.sha256(repr(more).encode())
     for path in paths:
-        total.update(Path(path).read_bytes())
+        with open(path, "rb") as file:  # gigabytes of it, perhaps, and never in memory at once
+            total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:16]
 
 
@@ -420,13 +417,9 @@ def read_paper():
     return paper
 
 
-def is_sd15_id(model):
-    return (model or "").split("@")[0] == weights.SD15  # of any revision
-
-
 def is_sd15(model):
     if not os.path.isdir(model or ""):  # a hub id, or None: images of any model
-        return model is None or is_sd15_id(model)
+        return model is None or weights.is_sd15_id(model)
     unet = common.read_json(f"{model}/unet/config.json", "give a diffusers folder")
     return (unet.get("sample_size", 64), unet.get("cross_attention_dim")) == (64, 768)
 

@@ -86,7 +86,7 @@ def resumed_args(parser, argv, output_dir, flags, free_on_resume):
         raise UserError(f"{output_dir!r} was written by another version of this code: start anew")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    for name in saved:
+    for name in saved.keys() - set(free_on_resume):
         if getattr(args, name) == "auto":  # the run says what that was
             setattr(args, name, saved[name])
     changed = [k for k in saved if k not in free_on_resume and getattr(args, k) != saved[k]]

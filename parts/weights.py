@@ -170,6 +170,11 @@ def resolve_model(model):
     return (TOY if model == "toy" else model), "asked for"
 
 
+def is_sd15_id(model):
+    """Whether it is SD1.5's hub id, of any revision."""
+    return (model or "").split("@")[0] == SD15
+
+
 def read_train_json(model):
     """What a model's folder says of training it: {flag: default}, with sections "pairs", "full"."""
     path = f"{resolve_model(model)[0]}/train.json"
@@ -186,7 +191,7 @@ def find_training_prompts(model, path=None, weights=None):
     """Path of what to train on: --prompts, or the model's own, or SPO's. Raises UserError."""
     where, _ = resolve_model(model)
     path = path or find_prompts(where)
-    if path is None and where.split("@")[0] == SD15:
+    if path is None and is_sd15_id(where):
         path = find_url(hub.SPO_PROMPTS_URL, weights)
     if path is None:
         what = f"{where!r} (of --model, or of the run's config.json)"
