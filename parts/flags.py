@@ -24,9 +24,8 @@ def build_parser(flags, description):
             kind = float if allowed else str
         if name in PATHS:
             kind = whole_path
-        text = text.replace("%", "%%") + (
-            " (default: %(default)s)" if default not in (None, "") else ""
-        )
+        shown = "" if default in (None, "") else " (default: %(default)s)"
+        text = text.replace("%", "%%") + shown
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
 

@@ -332,7 +332,8 @@ def before_after_table(before, after, count):
         cells, means = [name], []
         for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
-            mean, error, spread = values.mean() if len(values) else math.nan, math.nan, ""
+            mean = values.mean() if len(values) else math.nan
+            error, spread = math.nan, ""
             if len(values) > 1:
                 error = values.std(ddof=1) / math.sqrt(len(values))
                 spread = f" +- {error:#.3g}"
