@@ -80,7 +80,7 @@ def test_scores_that_are_damaged_are_made_again(tmp_path):
 def test_a_painted_image_that_is_empty(tmp_path):
     path = tmp_path / "00000_0.png"
     path.touch()
-    assert evaluate.digest([path], []) == evaluate.digest([], [])  # and read_image refuses it
+    assert evaluate.digest([path], []) != evaluate.digest([], [])  # and read_image refuses it
 
 
 def test_a_runs_csv_that_is_not_whole(tmp_path):
