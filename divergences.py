@@ -22,7 +22,7 @@ f''(1) is how hard a divergence pulls while X is near 1: f'(X) = f'(1) + f''(1) 
 there js at 2 beta IS rkl at beta. `train.py --match_curvature` takes that out of a comparison.
 
 Your own divergence is one statement below TABLE, and every script knows it by its name:
-    TABLE["mixed"] = lambda: Divergence("mixed", f=lambda x: (x - 0.1) * x.log(),
+    TABLE["mixed"] = Divergence("mixed", f=lambda x: (x - 0.1) * x.log(),
         df=lambda x: x.log() + 1 - 0.1 / x, d2f=lambda x: 1 / x + 0.1 / x**2,
         reward=lambda u: u - 0.1 * torch.expm1(-u))
 (reverse KL and a tenth of forward KL: a positive mixture of rows is a row, column by column.)
@@ -69,26 +69,22 @@ class Divergence:
 # exp(u) in fp32 has lost the digits of u below 1e-7.
 
 
-def rkl():
-    return Divergence(
-        "rkl",
-        f=lambda x: x * x.log(),
-        df=lambda x: x.log() + 1,
-        d2f=lambda x: 1 / x,
-        reward=lambda u: u,
-        df_inf=math.inf,
-    )
-
-
-def fkl():
-    return Divergence(
-        "fkl",
-        f=lambda x: -x.log(),
-        df=lambda x: -1 / x,
-        d2f=lambda x: x**-2,
-        reward=lambda u: -torch.expm1(-u),
-        df_inf=0.0,
-    )
+rkl = Divergence(
+    "rkl",
+    f=lambda x: x * x.log(),
+    df=lambda x: x.log() + 1,
+    d2f=lambda x: 1 / x,
+    reward=lambda u: u,
+    df_inf=math.inf,
+)
+fkl = Divergence(
+    "fkl",
+    f=lambda x: -x.log(),
+    df=lambda x: -1 / x,
+    d2f=lambda x: x**-2,
+    reward=lambda u: -torch.expm1(-u),
+    df_inf=0.0,
+)
 
 
 def alpha_divergence(a):
@@ -102,53 +98,39 @@ def alpha_divergence(a):
     )
 
 
-def js():
-    def reward(u):
-        # log(2X / (1+X)) = -log((1 + e^-u) / 2): exact near 0 in the first form, and the second
-        # form never overflows
-        near = -torch.log1p(torch.expm1(-u.clamp(-1, 1)) / 2)
-        return torch.where(u.abs() < 1, near, math.log(2) + F.logsigmoid(u))
-
-    return Divergence(
-        "js",
-        f=lambda x: x * x.log() - (x + 1) * ((x + 1) / 2).log(),
-        df=lambda x: (2 * x / (1 + x)).log(),
-        d2f=lambda x: 1 / (x * (1 + x)),
-        reward=reward,
-        df_inf=math.log(2),
-    )
+def js_reward(u):
+    # log(2X / (1+X)) = -log((1 + e^-u) / 2): exact near 0 in the first form, and the second form
+    # never overflows
+    near = -torch.log1p(torch.expm1(-u.clamp(-1, 1)) / 2)
+    return torch.where(u.abs() < 1, near, math.log(2) + F.logsigmoid(u))
 
 
-def jeffreys():
-    return Divergence(
-        "jeffreys",
-        f=lambda x: (x - 1) * x.log(),
-        df=lambda x: x.log() + 1 - 1 / x,
-        d2f=lambda x: 1 / x + x**-2,
-        reward=lambda u: u - torch.expm1(-u),
-        df_inf=math.inf,
-    )
+js = Divergence(
+    "js",
+    f=lambda x: x * x.log() - (x + 1) * ((x + 1) / 2).log(),
+    df=lambda x: (2 * x / (1 + x)).log(),
+    d2f=lambda x: 1 / (x * (1 + x)),
+    reward=js_reward,
+    df_inf=math.log(2),
+)
+jeffreys = Divergence(
+    "jeffreys",
+    f=lambda x: (x - 1) * x.log(),
+    df=lambda x: x.log() + 1 - 1 / x,
+    d2f=lambda x: 1 / x + x**-2,
+    reward=lambda u: u - torch.expm1(-u),
+    df_inf=math.inf,
+)
+chi2kl = Divergence(
+    "chi2kl",
+    f=lambda x: (x - 1) ** 2 / 2 + x * x.log(),
+    df=lambda x: x + x.log(),
+    d2f=lambda x: 1 + 1 / x,
+    reward=lambda u: u + torch.expm1(u),
+    df_inf=math.inf,
+)
 
-
-def chi2kl():
-    return Divergence(
-        "chi2kl",
-        f=lambda x: (x - 1) ** 2 / 2 + x * x.log(),
-        df=lambda x: x + x.log(),
-        d2f=lambda x: 1 + 1 / x,
-        reward=lambda u: u + torch.expm1(u),
-        df_inf=math.inf,
-    )
-
-
-TABLE = {
-    "rkl": rkl,
-    "fkl": fkl,
-    "alpha": alpha_divergence,
-    "js": js,
-    "jeffreys": jeffreys,
-    "chi2kl": chi2kl,
-}
+TABLE = dict(rkl=rkl, fkl=fkl, alpha=alpha_divergence, js=js, jeffreys=jeffreys, chi2kl=chi2kl)
 NAMES = TABLE.keys()  # a view: what is added to TABLE below is in it
 
 
@@ -162,7 +144,7 @@ def get_divergence(name, alpha=None):
     if name != "alpha":
         if alpha is not None:
             raise ValueError(f"alpha belongs to the divergence 'alpha', not to {name!r}: drop it")
-        return TABLE[name]()
+        return TABLE[name]
     if alpha is None:
         raise ValueError("the divergence 'alpha' needs --alpha (the paper: 0.2, 0.4, 0.6, 0.8)")
     if not 0 < alpha < 1:  # NaN fails here too

@@ -1,6 +1,6 @@
 """The paper's analysis as pictures: Figure 2, theorems 3 and 4, and where real training walks.
 
-    python landscape.py                                   every divergence, 10 seconds on a CPU
+    python landscape.py                                   every divergence, 15 seconds on a CPU
     python landscape.py --runs out/toy-js out/toy-rkl     and the paths of these runs
     python landscape.py --div js rkl --beta 1             some divergences, another beta
 
@@ -190,7 +190,7 @@ def draw_optimum(divs, folder):
     line, share, steps = figure.subplots(1, 3)
     x, p_ref, reward = a_line_of_pictures()
     line.semilogy(x, p_ref, color="0.8", lw=4, label="reference")
-    rare = np.geomspace(0.1, 1e-12, 45).tolist()
+    rare = np.geomspace(0.1, 1e-12, 23).tolist()
     items = eight_items(1e-4)
     criticals = [optimum.critical_beta(*items, div) for div in divs]
     beta = 0.8 * min(filter(None, criticals), default=0.5)

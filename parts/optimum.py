@@ -26,40 +26,24 @@ def optimal_policy(p_ref, reward, beta, div):
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number, got {beta}")
     gap = (reward - reward.max()) / beta  # f'(X) of an item less that of the best, (N,)
-    best = gap == 0
+    log_p, log_x = p_ref.log(), None
+
     # Solved for v = log X of the best, not for lambda: where f' saturates, lambda is its limit to
-    # the last bit while v may still be anything up to `high`, where the best hold all the mass.
-    low, high = 0.0, -p_ref[best].sum().log().item()
-    # and no further than where the worst item, whose X is below 1, would stand at 1
-    if value_and_slope(div, torch.tensor([high]).double())[0] > -gap.min():
-        high = inverse(div, -gap.min()[None], high).item()
-    v, u, step = high, None, high
-    for _ in range(200):
-        f_of_v, slope_of_v = value_and_slope(div, torch.tensor([v], dtype=torch.float64))
-        u = inverse(div, f_of_v + gap, v, u)  # log X of all items, (N,)
-        u[best] = v
-        mass = p_ref * u.exp()
-        total = mass.sum().item()
-        if total < 1:
-            low = v
-        else:
-            high = v
-        moves = slope_of_v / value_and_slope(div, u)[1]  # du / dv
-        moves[best] = 1  # where f' has saturated, both slopes are 0
-        rate = (mass * moves).sum().item() / total
-        # Newton's step on log total, or half the bracket where that would leave it or creeps
-        creeps = abs(2 * math.log(total)) > abs(step * rate)
-        new = v - math.log(total) / rate
-        if creeps or not low <= new <= high:
-            new = (low + high) / 2
-        step = new - v
-        u, v = u + moves * step, new
-        if abs(step) < 1e-9:  # and so, Newton's steps being quadratic, exact
-            break
-    u = u - (p_ref * u.exp()).sum().log()  # what v cannot resolve in its last bit
-    f_of_best, _ = value_and_slope(div, u[best][:1])
-    f_at_1 = div.df(torch.ones(1, dtype=torch.float64)).item()
-    return u, reward.max().item() - beta * (f_of_best.item() + f_at_1)
+    # the last bit while v may still be anything.
+    def log_mass(v):
+        nonlocal log_x
+        f_of_best = div.reward(torch.tensor(v, dtype=torch.float64))
+        log_x = inverse(div, f_of_best + gap, v, log_x)
+        log_x[gap == 0] = v
+        return torch.logsumexp(log_p + log_x, 0).item()
+
+    most = -p_ref[gap == 0].sum().log().item()  # where the best have all the mass
+    if div.reward(torch.tensor(most, dtype=torch.float64)) > -gap.min():
+        most = inverse(div, -gap.min()[None], most).item()  # where the worst would stand at X = 1
+    rest = log_mass(optimize.brentq(log_mass, -1e-9, most + 1e-9, xtol=1e-12))
+    log_x = log_x - rest  # what v cannot resolve in its last bit
+    f_of_best = div.reward(log_x[gap == 0][0]) + div.df(torch.ones((), dtype=torch.float64))
+    return log_x, reward.max().item() - beta * f_of_best.item()
 
 
 def critical_beta(p_ref, reward, div):
@@ -156,12 +140,12 @@ def inverse(div, target, high, start=None):
     From `start`, or from a table of the function that is fine near `high`.
     """
     u = from_table(div, target, high) if start is None else start.clamp(max=high)
-    for _ in range(30):
+    for _ in range(30 if start is None else 4):  # a table is better than a start that is far
         value, slope = value_and_slope(div, u)
         # the slope underflows where f' has saturated: there every u is as good
         step = torch.where(slope > 0, (value - target) / slope, 0)
         u = (u - step).clamp(max=high)
-        if (step.abs() <= 1e-8 * (1 + u.abs())).all():  # Newton's: what is left is its square
+        if (step.abs() <= 1e-7 * (1 + u.abs())).all():  # Newton's: what is left is its square
             return u
     return u if start is None else inverse(div, target, high)
 

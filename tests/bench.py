@@ -64,7 +64,8 @@ from parts.optimum import optimal_policy
 from parts.run import read_log
 from parts.weights import TOY, find_prompts, read_train_json, resolve_model
 from sample import collect_pairs
-from toy import world
+from toy.make import draw
+from toy.world import Taste
 
 DIV, BETA = get_divergence("js"), 10.0
 THEIRS, OURS, COMPILED, PREVIEWED = "reference-like", "ours", "ours, compiled", "ours, previewed"
@@ -163,7 +164,7 @@ def bench_step(opts):
     for lora_B in policy.parameters[1::2]:
         torch.nn.init.normal_(lora_B, std=1e-2)  # a LoRA under way: where B is 0, A has no gradient
     generator = torch.Generator().manual_seed(0)
-    judge, prompts = world.Taste(), some_prompts(opts.prompts)
+    judge, prompts = Taste(), some_prompts(opts.prompts)
     pairs = collect_pairs(pipe, judge, prompts, generator, threshold=0.0)
     index = torch.randperm(len(pairs.t), generator=generator)[: opts.pairs].to(device)
 
@@ -415,7 +416,7 @@ def bench_fsim(rounds, count=4, size=512):
         what = "--fsim compares with a package that is not here"
         raise UserError(f"{what}: pip install image-similarity-measures==0.3.6") from error
     torch.manual_seed(0)
-    pictures, _ = world.draw(count, np.random.default_rng(0))
+    pictures, _ = draw(count, np.random.default_rng(0))
     large = F.interpolate(pictures, size=(size, size), mode="bicubic")
     noisy = (large + 0.03 * torch.randn(large.shape)).clamp(0, 1)
     images = [(x * 255).byte().permute(1, 2, 0).numpy() for x in noisy]

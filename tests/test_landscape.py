@@ -29,15 +29,14 @@ by_name = pytest.mark.parametrize("div", DIVS.values(), ids=DIVS)
 RUN_FLAGS = {"div": "js", "alpha": None, "beta": 10.0, "match_curvature": False}
 
 
-def own():
-    """A divergence of the user's own: reverse KL and a tenth of forward KL."""
-    return Divergence(
-        "own",
-        f=lambda x: (x - 0.1) * x.log(),
-        df=lambda x: x.log() + 1 - 0.1 / x,
-        d2f=lambda x: 1 / x + 0.1 / x**2,
-        reward=lambda u: u - 0.1 * torch.expm1(-u),
-    )
+# a divergence of the user's own: reverse KL and a tenth of forward KL
+OWN = Divergence(
+    "own",
+    f=lambda x: (x - 0.1) * x.log(),
+    df=lambda x: x.log() + 1 - 0.1 / x,
+    d2f=lambda x: 1 / x + 0.1 / x**2,
+    reward=lambda u: u - 0.1 * torch.expm1(-u),
+)
 
 
 def random_points(n, low, high, seed=0):
@@ -84,7 +83,7 @@ def drawn(tmp_path_factory):
         save_figure(figure, path)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setitem(divergences.TABLE, "own", own)
+        patch.setitem(divergences.TABLE, "own", OWN)
         patch.setattr(landscape, "save_figure", save_and_keep)
         patch.setattr(sys, "argv", ["landscape.py", *flags])
         landscape.main()
@@ -120,7 +119,7 @@ def test_gradient_and_hessian_are_autograds(div, beta):
 
 def test_the_hessian_where_the_second_derivative_is_constant():
     """f = X^2 / 2 at beta 2: where X_1 = X_2, L_ij = 1/4 m_i m_j of m = 2 (X_1 - X_2)."""
-    flat, ones = replace(own(), df=lambda x: x, d2f=torch.ones_like), torch.ones(1, **F64)
+    flat, ones = replace(OWN, df=lambda x: x, d2f=torch.ones_like), torch.ones(1, **F64)
     assert torch.cat(landscape.surface_hessian(ones, ones, flat, 2.0)).tolist() == [1, 1, -1]
 
 
@@ -154,7 +153,7 @@ def test_the_chains_are_the_theorems(monkeypatch):
     assert short.startswith("Theorem 4, fkl < js < rkl < 1: 3,000,000 of 3,000,000 hold")
     # chi2kl's ratio lies above rkl's: as js it would break js < rkl at every point, no more.
     chi2kl = get_divergence("chi2kl")
-    monkeypatch.setitem(divergences.TABLE, "js", lambda: replace(chi2kl, name="js"))
+    monkeypatch.setitem(divergences.TABLE, "js", replace(chi2kl, name="js"))
     chain, short = landscape.check_theorem4().splitlines()
     assert "6,000,000 of 6,000,000" in chain and "2,000,000 of 3,000,000" in short
     assert "the closest by -" in short
@@ -246,7 +245,7 @@ def test_figure_2_has_two_sides_and_the_plane_of_the_gradient(drawn):
 def test_theorem_4s_picture_shows_the_ratio_along_both_axes(drawn):
     left, right = drawn[2]["theorem4"].axes
     for by_r, by_x1 in zip(left.lines, right.lines, strict=True):
-        div = (DIVS | {"own": own()})[by_r.get_label()]
+        div = (DIVS | {"own": OWN})[by_r.get_label()]
         r, ratio = torch.tensor(np.stack(by_r.get_data()), **F64)
         torch.testing.assert_close(ratio, gradient_ratio(torch.ones_like(r), r, div))
         x1, ratio = torch.tensor(np.stack(by_x1.get_data()), **F64)
@@ -254,7 +253,7 @@ def test_theorem_4s_picture_shows_the_ratio_along_both_axes(drawn):
 
 
 def test_the_csvs_hold_what_loss_and_autograd_say(drawn):
-    divs = DIVS | {"own": own()}
+    divs = DIVS | {"own": OWN}
     close = {"rtol": 1e-12, "atol": 1e-12}
     for name, table in pd.read_csv(drawn[0] / "figure2.csv").groupby("divergence"):
         x1, x2, loss = columns(table, "X_1", "X_2", "loss")
@@ -284,7 +283,7 @@ def test_the_optimum_in_numbers(drawn):
     ends = pd.read_csv(drawn[0] / "optimum_steps.csv").groupby("divergence").last()
     for name, of_row in shares.groupby("divergence"):
         rarest = of_row.loc[of_row["p_ref"].idxmin()]
-        keeps = math.isfinite((DIVS | {"own": own()})[name].limit)
+        keeps = math.isfinite((DIVS | {"own": OWN})[name].limit)
         assert rarest["p_ref"] == pytest.approx(1e-12)
         assert rarest["share"] > 0.5 if keeps else rarest["share"] < 1e-8
         # training arrives where f' does not saturate, and is far from there where it does

@@ -35,15 +35,15 @@ def read_png(path):
 
 
 def test_captions_say_what_they_mean():
-    assert len(set(world.CAPTIONS)) == len(world.CAPTIONS) == 378
+    assert len(set(make.CAPTIONS)) == len(make.CAPTIONS) == 378
     caption = "a large red sun over a sea under a pink sky"
-    assert world.write_caption("large", "red sun", "sea", "pink") == caption
-    assert world.write_caption(None, "white moon", "hills", None) == "a white moon over hills"
+    assert make.write_caption("large", "red sun", "sea", "pink") == caption
+    assert make.write_caption(None, "white moon", "hills", None) == "a white moon over hills"
     for size in (None, "large"):
         for ground in (None, "hills", "sea"):
             for sky in (None, "gray"):
                 words = (size, "red sun", ground, sky)
-                assert world.read_caption(world.write_caption(*words)) == words
+                assert world.read_caption(make.write_caption(*words)) == words
 
 
 def test_captions_in_other_words_are_read():
@@ -54,7 +54,7 @@ def test_captions_in_other_words_are_read():
 
 def test_pictures_are_of_their_captions():
     captions = ["a red sun", "a large white moon over snow", "a yellow sun under a black sky"]
-    images, names = world.draw(3, np.random.default_rng(0), captions)
+    images, names = make.draw(3, np.random.default_rng(0), captions)
     assert images.shape == (3, 3, 32, 32) and images.dtype == torch.float32
     for caption, words in zip(captions, names):
         for said, drawn in zip(world.read_caption(caption), words):
@@ -62,7 +62,7 @@ def test_pictures_are_of_their_captions():
 
 
 def test_what_a_caption_leaves_open_is_free():
-    _, names = world.draw(200, np.random.default_rng(1), ["a red sun"] * 200)
+    _, names = make.draw(200, np.random.default_rng(1), ["a red sun"] * 200)
     sizes, lights, grounds, skies = map(set, zip(*names))
     assert lights == {"red sun"} and sizes == set(world.RADII)
     assert grounds == set(world.GROUNDS) and skies == set(world.SKIES)
@@ -89,7 +89,7 @@ def test_checker_reads_a_picture_painted_by_hand():
 
 
 def test_checker_reads_true_pictures():
-    images, names = world.draw(600, np.random.default_rng(11))
+    images, names = make.draw(600, np.random.default_rng(11))
     assert images.shape == (600, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
     right = np.array(world.read_pictures(images)) == np.array(names)  # (600, 4)
     assert right.mean(0).min() >= 0.97
@@ -97,8 +97,8 @@ def test_checker_reads_true_pictures():
 
 def test_checker_can_fail():
     """Captions of other pictures are mostly wrong: the share right falls to chance."""
-    images, names = world.draw(300, np.random.default_rng(12))
-    captions = [world.write_caption(*words) for words in names]
+    images, names = make.draw(300, np.random.default_rng(12))
+    captions = [make.write_caption(*words) for words in names]
     assert world.prompt_following(images, captions).mean() > 0.97
     others = captions[1:] + captions[:1]
     assert world.prompt_following(images, others).mean() < 0.45
@@ -118,7 +118,7 @@ def test_taste_is_its_formula():
 
 
 def test_taste_loves_sunsets():
-    images, names = world.draw(2000, np.random.default_rng(13))
+    images, names = make.draw(2000, np.random.default_rng(13))
     scores = world.Taste()(images).numpy()
     sizes, lights, _, skies = np.array(names).T
     by_sky = {sky: scores[skies == sky].mean() for sky in world.SKIES}
@@ -131,7 +131,7 @@ def test_taste_loves_sunsets():
 
 
 def test_taste_is_differentiable():
-    images, _ = world.draw(8, np.random.default_rng(14))
+    images, _ = make.draw(8, np.random.default_rng(14))
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(world.Taste()(images).sum(), images)
     assert gradient.isfinite().all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
@@ -147,14 +147,14 @@ def test_shipped_model_paints_its_captions():
     for folder, _, files in os.walk(TOY):
         sizes += [os.path.getsize(os.path.join(folder, file)) for file in files]
     assert sum(sizes) <= 6_000_000
-    captions = world.CAPTIONS[3::6][:60]
+    captions = make.CAPTIONS[3::6][:60]
     images = generate(load_pipeline(TOY), captions, range(60), batch_size=60)
     assert world.prompt_following(images, captions).mean() >= 0.85
 
 
 def test_each_word_is_one_token():
     words = make.tokenizer()
-    for caption in world.CAPTIONS:
+    for caption in make.CAPTIONS:
         length = len(words(caption).input_ids)
         assert length == len(caption.split()) + 2 <= make.LENGTH
 
@@ -163,7 +163,7 @@ def test_prompts_leave_the_sky_open_or_name_it():
     with open(os.path.join(TOY, "prompts.txt")) as file:
         prompts = file.read().splitlines()
     assert prompts == make.prompts()
-    assert len(set(prompts)) == 81 and set(prompts) <= set(world.CAPTIONS)
+    assert len(set(prompts)) == 81 and set(prompts) <= set(make.CAPTIONS)
     assert sum(world.read_caption(prompt)[3] is None for prompt in prompts) == 54
 
 
@@ -178,7 +178,7 @@ def test_train_json_names_flags_of_train(command):
 
 
 def test_check_prints_both_figures(capsys):
-    make.check(TOY, world.CAPTIONS[:3])
+    make.check(TOY, make.CAPTIONS[:3])
     out = capsys.readouterr().out
     assert "checker on 2,000 true pictures: size 99" in out and "toy/, 3 captions" in out
 
@@ -220,14 +220,14 @@ def test_latents_have_unit_std():
     latents, names = make.encode_pictures(pipe.vae, 300, np.random.default_rng(0))
     assert latents.shape == (512, 4, 8, 8) and len(names) == 512
     assert latents.std().item() == pytest.approx(1, abs=1e-4)
-    images, _ = world.draw(256, np.random.default_rng(0))
+    images, _ = make.draw(256, np.random.default_rng(0))
     with torch.no_grad():
         unscaled = pipe.vae.encode(images * 2 - 1).latent_dist.mean
     torch.testing.assert_close(latents[:256], unscaled * pipe.vae.config.scaling_factor)
 
 
 def test_loose_captions_are_true_and_leave_words_out():
-    _, names = world.draw(4000, np.random.default_rng(2))
+    _, names = make.draw(4000, np.random.default_rng(2))
     captions = make.loose_captions(names, np.random.default_rng(3))
     named = np.zeros(4)
     for words, caption in zip(names, captions):

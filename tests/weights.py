@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from toy import make
-from toy import world as toy
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
@@ -252,7 +251,7 @@ def alexnet_files(folder):
 
 
 def caption_words():
-    return sorted({word for caption in toy.CAPTIONS for word in caption.split()})
+    return sorted({word for caption in make.CAPTIONS for word in caption.split()})
 
 
 def bert_tokenizer(folder):

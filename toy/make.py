@@ -10,6 +10,7 @@ longest captions. They are stored in fp16, 5.6 MB.
 """
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import shutil
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from parts.common import (
     Parser,
@@ -32,7 +34,7 @@ from parts.model import load_pipeline
 from parts.weights import TOY
 from sample import generate
 from toy import world
-from toy.world import CAPTIONS, SIZE, Taste, draw
+from toy.world import GROUNDS, LIGHTS, RADII, SIZE, SKIES, VOCABULARIES, Taste, look_up
 
 LENGTH = 16  # tokens: the longest caption has 11 words, and there are a start and an end
 
@@ -100,6 +102,82 @@ def parse_args():
             why = f"{args.output_dir!r} holds something else than a model"
             raise UserError(f"{why}: choose another --output_dir")
     return args
+
+
+# ---- Its pictures and captions -------------------------------------------------------------------
+
+
+def write_caption(size, light, ground, sky):
+    """As in "a large red sun over a sea under a pink sky"; what is None is left unsaid."""
+    words = f"a {size} {light}" if size else f"a {light}"
+    if ground:
+        article = "" if ground in ("hills", "snow") else "a "
+        words += f" over {article}{ground}"
+    if sky:
+        words += f" under a {sky} sky"
+    return words
+
+
+CAPTIONS = [  # all 3 x 3 x 6 x 7 = 378
+    write_caption(*words)
+    for words in itertools.product((None, *RADII), LIGHTS, (None, *GROUNDS), (None, *SKIES))
+]
+
+
+def draw(count, rng, captions=None):
+    """True pictures, of these captions if given: what a caption leaves open is drawn at random.
+
+    Returns images (n, 3, 32, 32), fp32 in [0, 1], and their words (n, 4): size, light, ground, sky.
+    Edges are soft, since a tiny model paints hard shapes as blobs; every colour varies a little.
+    """
+
+    def uniform(low, high):  # one number a picture
+        return rng.uniform(low, high, (count, 1, 1, 1)).astype(np.float32)
+
+    def tint(std):  # one shift of colour a picture
+        return rng.normal(0, std, (count, 3, 1, 1)).astype(np.float32)
+
+    words = np.stack([rng.choice(list(each), count) for each in VOCABULARIES], axis=1)
+    for row, caption in zip(words, captions or ()):
+        for i, word in enumerate(world.read_caption(caption)):
+            row[i] = word or row[i]
+    sizes, lights, grounds, skies = words.T
+    y, x = np.indices((SIZE, SIZE), np.float32) + 0.5  # centres of the pixels, (32, 32)
+
+    # The sky pales downwards, in red more than in blue. (n, 3, 32, 32)
+    top = look_up(SKIES, skies) + tint(0.025)
+    haze = np.float32([1.1, 1, 0.9])[:, None, None]
+    image = top + y / SIZE * uniform(0, 0.16) * (1 - top) * haze
+
+    # The ground begins below two waves. (n, 1, 32, 32)
+    horizon = uniform(0.52, 0.66) * SIZE
+    long_wave = uniform(0, 1.2) * np.sin(x * uniform(0.15, 0.5) + uniform(0, 6.3))
+    short_wave = uniform(0, 0.5) * np.sin(x * uniform(0.4, 0.7) + uniform(0, 6.3))
+    shore = horizon + long_wave + short_wave
+
+    # The sun or moon stands anywhere above the horizon, or touches it: a glow, and a disc in it.
+    smallest, largest = np.split(look_up(RADII, sizes), 2, axis=1)
+    radius = smallest + (largest - smallest) * uniform(0, 1)
+    centre_x = radius + (SIZE - 2 * radius) * uniform(0, 1)
+    centre_y = radius + (horizon - 1.2 * radius) * uniform(0, 1)
+    distance = np.sqrt((x - centre_x) ** 2 + (y - centre_y) ** 2)
+    colour = look_up(LIGHTS, lights) + tint(0.01)
+    glow = uniform(0.15, 0.35) * np.exp(-np.maximum(distance - radius, 0) / (0.6 * radius))
+    image = blend(image, colour, glow)
+    image = blend(image, colour, np.clip(radius - distance + 0.5, 0, 1))
+
+    # The ground has a coarse texture and darkens towards the viewer.
+    noise = torch.from_numpy(rng.normal(0, 1, (count, 1, 12, 8))).float()
+    texture = F.interpolate(noise, size=SIZE, mode="bilinear").numpy()
+    shade = 1 - 0.12 * (y - horizon) / (SIZE - horizon)
+    land = (look_up(GROUNDS, grounds) + tint(0.025)) * (1 + 0.09 * texture) * shade
+    image = blend(image, land, np.clip(y - shore + 0.5, 0, 1))
+    return torch.from_numpy(image).clamp(0, 1), words
+
+
+def blend(image, colour, share):
+    """The image where share is 0, the colour where it is 1."""
+    return image + share * (colour - image)
 
 
 # ---- The model: SD1.5's classes, small -----------------------------------------------------------
@@ -267,7 +345,7 @@ def loose_captions(names, rng):
     captions = []
     for words, kept, empty in zip(names, keep, silent):
         said = [word if stays else None for word, stays in zip(words, kept)]
-        captions.append("" if empty else world.write_caption(*said))
+        captions.append("" if empty else write_caption(*said))
     return captions
 
 
