@@ -69,7 +69,6 @@ FLAGS = {
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
     "batch_size": (16, "[1, inf)", "images painted at once"),
     "skip_bad": (False, None, "leave out files that are no whole images"),
-    "paper": (False, None, "print the paper's Tables 2 and 3, and stop"),
     "device": ("auto", None, "auto, cpu, cuda, cuda:1"),
     "output_dir": ("out/evaluation", None, "of tables, images and scores"),
 }
@@ -92,10 +91,6 @@ class Row:  # a line of the tables
 
 def main():
     start, args = time.time(), parse_args()
-    if args.paper:
-        for columns in (TABLE2, TABLE3):
-            print(make_table(columns, [], "", {}))
-        return
     rows = find_rows(args)  # those of models first
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in rows:
@@ -129,7 +124,7 @@ def parse_args():
         parser.add_argument(flag, nargs="+", default=[], choices=[*known, "none"])
     args = parser.parse_args()
     check_ranges(FLAGS, args)
-    if not (args.targets or args.paper):
+    if not args.targets:
         raise UserError("nothing to score: give a run, a LoRA file, a model or a folder of images")
     args.device = common.pick_device(args.device)
     return args
@@ -401,7 +396,7 @@ def make_table(columns, rows, flag, not_run):
         theirs = paper.get(name, dict.fromkeys(paper["clipscore"], "-"))
         grid.append([title, *cells.values(), *theirs.values()])
     lines = list(zip(*grid))
-    if rows and not any(is_sd15(row.model) for row in rows):
+    if not any(is_sd15(row.model) for row in rows):
         lines = lines[: 1 + len(rows)]  # the paper's rows tell nothing about other models
     return "\n".join([common.markdown(lines), *notes, ""])
 

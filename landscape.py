@@ -1,6 +1,6 @@
 """The paper's analysis as pictures: Figure 2, theorems 3 and 4, and where real training walks.
 
-    python landscape.py                                   every divergence, 15 seconds on a CPU
+    python landscape.py                                   every divergence, 13 seconds on a CPU
     python landscape.py --runs out/toy-js out/toy-rkl     and the paths of these runs
     python landscape.py --div js rkl --beta 1             some divergences, another beta
 
@@ -131,11 +131,8 @@ def draw_figure2(divs, beta, folder):
 
 
 def arrow_lines(points, gradient, beta):
-    """Arrows along the gradient, centred on the points, both (2, ...): two lines for ax.plot.
-
-    matplotlib's 3d quiver stands its arrowheads upright, and so hides them in a flat plane. The
-    norms span decades: an arrow is 0.45 |gradient| / (|gradient| + beta) long.
-    """
+    """Arrows along the gradient, centred on the points, both (2, ...): two lines for ax.plot, since
+    3d quivers hide their heads in a flat plane; 0.45 |gradient| / (|gradient| + beta) long."""
     arrow = 0.45 * gradient / (torch.hypot(*gradient) + beta)  # (2, ...), as all below
     tip = points + arrow / 2
     neck = tip - 0.35 * arrow
@@ -190,7 +187,7 @@ def draw_optimum(divs, folder):
     line, share, steps = figure.subplots(1, 3)
     x, p_ref, reward = a_line_of_pictures()
     line.semilogy(x, p_ref, color="0.8", lw=4, label="reference")
-    rare = np.geomspace(0.1, 1e-12, 23).tolist()
+    rare = np.geomspace(0.1, 1e-12, 45).tolist()
     items = eight_items(1e-4)
     criticals = [optimum.critical_beta(*items, div) for div in divs]
     beta = 0.8 * min(filter(None, criticals), default=0.5)
@@ -248,9 +245,7 @@ def share_of_the_best(rare, beta, div):
 
 def smoothness(divs, beta, folder):
     """The largest slopes and bends of eq. 6's surfaces, and whether js has the least: text, CSV.
-
-    First all at beta, then each at beta / f''(1), where all are equally steep at (1, 1).
-    """
+    First all at beta, then each at beta / f''(1), where all are equally steep at (1, 1)."""
     rows, printed, verdicts = [], [MEASURES.split()], []
     cases = list(itertools.product((gradient_norm, largest_eigenvalue), REGIONS))
     for setting in ("beta", "beta/f''(1)"):

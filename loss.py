@@ -163,9 +163,7 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
 
 def surface(x1, x2, div, beta):
     """Eq. 6: the loss over the plane of ratios (X_1, X_2) = (X_w, X_l) > 0; elementwise.
-
-    The same as alignment_loss without a clamp, whose reward(u) is df(X) less a constant.
-    """
+    The same as alignment_loss without a clamp, whose reward(u) is df(X) less a constant."""
     return -F.logsigmoid(beta * (div.df(x1) - div.df(x2)))
 
 

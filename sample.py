@@ -17,21 +17,9 @@ import os
 import torch
 
 from loss import ddim_mean_std, step_log_ratios
-from parts import common
+from parts import common, model
 from parts.flags import build_parser, check_range, check_ranges
-from parts.model import (
-    decode,
-    encode_prompts,
-    in_slices,
-    latent_shape,
-    load_pipeline,
-    load_policy,
-    predict_noise,
-    say_cut,
-)
 from parts.weights import resolve_model
-
-# ---- Images from seeds ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -47,27 +35,26 @@ def generate(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     pipe.scheduler.set_timesteps(num_steps)  # 951, 901, .., 1 of 20 steps
-    device, null = pipe.unet.device, encode_prompts(pipe, [""])
+    device, null = pipe.unet.device, model.encode_prompts(pipe, [""])
     images = []
     for start in range(0, len(prompts), batch_size):
-        text = encode_prompts(pipe, prompts[start : start + batch_size])  # (B, 77, C)
-        # a generator per image, so that a seed's picture does not depend on its neighbours
+        text = model.encode_prompts(pipe, prompts[start : start + batch_size])  # (B, 77, C)
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch_size]]
 
         def noise(generators=generators):
-            each = [torch.randn(latent_shape(pipe), generator=g) for g in generators]
+            each = [torch.randn(model.latent_shape(pipe), generator=g) for g in generators]
             return torch.stack(each).to(device)
 
         x = noise()  # (B, 4, h, w)
         for t in pipe.scheduler.timesteps.tolist():
             times = torch.full((len(x),), t, device=device)
-            eps = predict_noise(pipe.unet, x, times, text, null, guidance)  # (B, 4, h, w)
+            eps = model.predict_noise(pipe.unet, x, times, text, null, guidance)  # (B, 4, h, w)
             alphas_cumprod = pipe.scheduler.alphas_cumprod
             mean, std, _ = ddim_mean_std(eps, x, times, alphas_cumprod, num_steps, eta)
             x = mean + std * noise() if eta > 0 else mean
             if progress:
                 progress(len(x) / num_steps)
-        decoded = decode(pipe, x)
+        decoded = model.decode(pipe, x)
         if not decoded.isfinite().all():  # it would be a black picture, and be scored as one
             raise common.UserError("a picture is not finite: the model or the LoRA is damaged")
         images.append(decoded.clamp(0, 1).cpu())
@@ -94,9 +81,7 @@ def paint(pipe, prompts, count, num_steps=20, guidance=5.0, batch_size=16, progr
 @dataclasses.dataclass
 class Pairs:
     """M pairs of a rollout over P prompts: two children of one x_t, of which the judge prefers x_w.
-
-    What eq. 5 needs of them is log_ratios; parts/pairs.py has the same method for pairs of images.
-    """
+    Eq. 5 needs their log_ratios; parts/pairs.py has the same method for pairs of images."""
 
     x_t: torch.Tensor  # (M, 4, h, w) fp32
     x_w: torch.Tensor  # (M, 4, h, w)
@@ -119,14 +104,12 @@ class Pairs:
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: one step's log X, loss.step_log_ratios.
-
-        Winner and loser share x_t, t and prompt: one prediction of either policy serves both.
-        """
+        Winner and loser share x_t, t and prompt: one prediction of either policy serves both."""
         x_t, t, text = self.x_t[index], self.t[index], self.text[self.prompt[index]]
         inputs = x_t, t, text, self.null, self.guidance
-        eps = predict_noise(policy.unet, *inputs)  # (B, 4, h, w)
+        eps = model.predict_noise(policy.unet, *inputs)  # (B, 4, h, w)
         with policy.reference():
-            eps_ref = predict_noise(policy.unet, *inputs)
+            eps_ref = model.predict_noise(policy.unet, *inputs)
         x_w, x_l = self.x_w[index], self.x_l[index]
         sampler = dict(alphas_cumprod=self.alphas_cumprod, num_steps=self.num_steps, eta=self.eta)
         return step_log_ratios(eps, eps_ref, x_t, x_w, x_l, t, **sampler, reduce=reduce)
@@ -180,17 +163,17 @@ def collect_pairs(
     if num_children < 2 or not 0 <= first_step < num_steps or eta <= 0:
         raise ValueError("pairs need num_children >= 2, 0 <= first_step < num_steps and eta > 0")
     P, K = len(prompts), num_children
-    text, null = encode_prompts(pipe, prompts), encode_prompts(pipe, [""])
+    text, null = model.encode_prompts(pipe, prompts), model.encode_prompts(pipe, [""])
     judge_text = judge.encode(prompts).repeat_interleave(K, 0)  # a row per child
     sampler = dict(alphas_cumprod=pipe.scheduler.alphas_cumprod, num_steps=num_steps, eta=eta)
 
     def predict(x, times, text):
-        return predict_noise(pipe.unet, x, times, text, null, guidance)
+        return model.predict_noise(pipe.unet, x, times, text, null, guidance)
 
     pool, all_scores = [], []
     steps = branching_trajectory(pipe, predict, text, generator, K, first_step, sampler, progress)
     for t, x_t, children, t_child, x0 in steps:
-        images = decode(pipe, x0, preview)
+        images = model.decode(pipe, x0, preview)
         if not getattr(judge, "unclamped", False):  # the step-aware judge clamps after its resize
             images = images.clamp(0, 1)
         times = torch.full((P * K,), t_child, device=x0.device)
@@ -221,14 +204,14 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
     pipe.scheduler.set_timesteps(sampler["num_steps"])
 
     def noise(rows):
-        return torch.randn(rows, *latent_shape(pipe), generator=generator).to(device)
+        return torch.randn(rows, *model.latent_shape(pipe), generator=generator).to(device)
 
     x, x_t, t_parent = noise(P), None, None
     for i, t in enumerate(pipe.scheduler.timesteps.tolist()):
         # x: (P, 4, h, w) or, where there are children, all of them, (P K, 4, h, w)
         times = torch.full((len(x),), t, device=device)
         # P rows at a time, with children and without: memory and compiled code know one size
-        eps = in_slices(predict, P, x, times, text.repeat_interleave(len(x) // P, 0))
+        eps = model.in_slices(predict, P, x, times, text.repeat_interleave(len(x) // P, 0))
         mean, std, x0 = ddim_mean_std(eps, x, times, **sampler)
         if x_t is not None:
             yield t_parent, x_t, x, t, x0
@@ -248,10 +231,8 @@ def branching_trajectory(pipe, predict, text, generator, K, first_step, sampler,
 
 def clear_pairs(parent, children, t, scores, threshold):
     """Best against worst child of every x_t, where softmax([best, worst]) differs by > threshold.
-
     parent (P, 4, h, w) at timestep t; children (P K, 4, h, w); scores (P, K), a NaN or infinite one
-    makes its pair invalid. Returns x_t, x_w, x_l, t, prompt of the M <= P clear pairs.
-    """
+    makes its pair invalid. Returns x_t, x_w, x_l, t, prompt of the M <= P clear pairs."""
     prompt = torch.arange(len(parent), device=parent.device)
     (best, w), (worst, l) = scores.max(1), scores.min(1)  # (P,) each
     difference = torch.tanh((best - worst) / 2)  # p - (1 - p), p = sigmoid(best - worst)
@@ -314,11 +295,11 @@ def main():
     settings = args.num_inference_steps, args.guidance_scale, args.eta, args.batch_size
     for name, run in models.items():
         if run or not painted:  # the reference is in the UNet of the run before it
-            pipe = load_pipeline(where, device, dtype)
-        policy = load_policy(pipe.unet, run) if run else policy
+            pipe = model.load_pipeline(where, device, dtype)
+        policy = model.load_policy(pipe.unet, run) if run else policy
         common.make_folder(args.output_dir)  # before anything is painted
         if not painted:
-            say_cut(pipe, prompts)
+            model.say_cut(pipe, prompts)
         is_reference = policy is not None and run is None
         with policy.reference() if is_reference else contextlib.nullcontext():
             with common.progress_bar(total=len(each), unit="images", desc=name) as bar:

@@ -19,8 +19,7 @@ sampling and in training, LoRA of rank 4, AdamW, X clamped to [0.9, 1.1], log X 
 latent (loss.py says what that changes). Different on purpose:
   1. one policy and one reference prediction per pair, not two of each: the same gradient at half
      the cost; the reference is the same UNet with its LoRA off, not a second UNet;
-  2. gradient clipping clips (SPO's never did: its parameters were a used-up iterator);
-     --max_grad_norm 0 is SPO as it was run;
+  2. gradient clipping clips (SPO's never did: --max_grad_norm 0 is SPO as it was run);
   3. a short last group of pairs weighs in the gradient by its size;
   4. on one GPU four accumulated batches of 10 pairs stand for SPO's four GPUs in a step; but a
      rollout has 10 prompts where theirs has 40 (--sample_batch_size 40);
@@ -63,7 +62,7 @@ FLAGS = {
     "clip_range": (0.1, "(0, 1)", "c of the clamp of X to [1-c, 1+c]"),
     "log_ratio": ("mean", REDUCE, "log X over the latent; sum is the paper's X, mean is SPO's"),
     "model": ("auto", None, "auto, toy, a diffusers folder, a single checkpoint or a hub id"),
-    "judge": ("step_aware", ("auto", "none", *JUDGES), "which model scores; auto: the default"),
+    "judge": ("step_aware", ("none", *JUDGES), "which model scores"),
     "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
     "prompts": (None, None, "a .txt, a table or JSON (default: the model's own, or SPO's 4,000)"),
@@ -101,11 +100,11 @@ FLAGS = {
     "output_dir": (None, None, "the run's folder (default: out/<model>-<div>)"),
     "resume": (False, None, "go on with the run in output_dir; flags left out are the run's"),
 }
-# with --pairs: Diffusion-DPO's beta (5000 in its code, which has our S = 1000 in it), no clamp
-PAIRS_DEFAULTS = dict(beta=5.0, clip="none", judge="none")
-FULL_DEFAULTS = dict(learning_rate=2e-5, checkpointing_chunks=25)  # a state of SD1.5 is 14 GB
-# what a run with --pairs or --full changes; a model's train.json may have such sections too
-SECTIONS = {"pairs": PAIRS_DEFAULTS, "full": FULL_DEFAULTS}
+SECTIONS = {  # what a run with that flag changes; a model's train.json may have such sections too
+    # Diffusion-DPO's beta (5000 in its code, which has our S = 1000 in it), no clamp
+    "pairs": dict(beta=5.0, clip="none", judge="none"),
+    "full": dict(learning_rate=2e-5, checkpointing_chunks=25),  # a state of SD1.5 is 14 GB
+}
 # all else is the run's own: another value would make it another run
 FREE_ON_RESUME = ("weights", "num_epochs", "max_train_steps", "checkpointing_chunks")
 FREE_ON_RESUME += ("device", "cache_dir", "pairs", "output_dir", "resume")

@@ -1,7 +1,4 @@
-"""What every command shares: one error boundary, files written whole, prompts, grids, progress.
-
-A part is opened when needed; this one is worth opening only if you change what a user sees.
-"""
+"""What every command shares: one error boundary, files written whole, prompts, grids, progress."""
 
 import argparse
 import csv
@@ -92,11 +89,8 @@ def progress_bar(total=None, **options):
 
 
 def write_file(path, data):
-    """data: bytes, text, or a function that writes to the open file it is given.
-
-    To a temporary name, to the disk, then renamed: a kill leaves the old file whole, and so does a
-    disk that refuses, of which a UserError is raised.
-    """
+    """data: bytes, text, or a function that writes to the open file it is given. To a temporary
+    name, then renamed: a kill leaves the old file whole, and so does a full disk (a UserError)."""
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
@@ -151,9 +145,7 @@ def markdown(rows):
 
 def read_json(path, fix):
     """The object that a JSON file holds, or the list of those that the lines of a .jsonl hold.
-
-    Raises UserError, which ends with `fix`, also where a key is looked up that is not there.
-    """
+    Raises UserError, which ends with `fix`, also where a key is looked up that is not there."""
 
     class Settings(dict):
         def __missing__(self, key):
@@ -176,7 +168,6 @@ def write_png(image, path):
 
 
 def save_figure(figure, path):
-    """A matplotlib figure -> a PNG."""
     write_file(path, lambda file: figure.savefig(file, dpi=130))
 
 
@@ -184,11 +175,8 @@ PROMPT_COLUMNS = ("caption", "prompt", "prompts", "text")  # whatever their case
 
 
 def read_prompts(path, numbered=False):
-    """Prompts of a file, of which read_rows says what it may be.
-
-    numbered: the prompt's place counts, and a blank line is refused. Raises UserError, naming the
-    file and what is wrong with it.
-    """
+    """Prompts of a file, of which read_rows says what it may be. numbered: the prompt's place
+    counts, and a blank line is refused. Raises UserError, naming the file and what is wrong."""
     try:
         prompts = [" ".join(prompt_of(item).split()) for item in read_rows(path)]
         text = "".join(prompts)
@@ -196,9 +184,7 @@ def read_prompts(path, numbered=False):
         if "\0" in text:
             raise ValueError("a zero byte")
     except Exception as error:  # of the disk, UTF-8, JSON, csv and pyarrow
-        fix = (
-            "give UTF-8 text with a prompt a line, a .json list, or a table with caption or prompt"
-        )
+        fix = "give UTF-8 text, a prompt a line, a .json list, or a table with caption or prompt"
         raise UserError(f"cannot read prompts file {path!r} ({error}): {fix}") from error
     while prompts and not prompts[-1]:
         prompts.pop()
@@ -263,9 +249,7 @@ def cell_of(row, names):
 
 def hold_out(prompts, count):
     """(training prompts, held-out prompts): `count` held out evenly through the list, at most half.
-
-    The same whatever the seed, so that runs compare.
-    """
+    The same whatever the seed, so that runs compare."""
     prompts = list(dict.fromkeys(prompts))  # a prompt given twice must not be on both sides
     if len(prompts) == 1:
         print("one prompt: none is held out, the table at the end is about the training prompt")

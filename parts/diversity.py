@@ -24,6 +24,8 @@ from parts.weights import build, find_url, read_state
 
 LEAST = {"ssim": 7, "fsim": 2, "lpips": 31}  # pixels each way that a metric needs
 EPS = 1e-4  # phasepack's
+TRUNK = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
 RAYLEIGH = (rayleigh.mean() + 2 * rayleigh.std()) / rayleigh.median()  # the limit of its noise
 
 
@@ -35,15 +37,7 @@ def load_metric(name, device, weights):
     if name == "clip_i":
         judge = load_judge("clipscore", device, weights)
         return lambda image: judge.embed(to_pixels([image]))[0], torch.dot
-    formulas = {
-        "rmse": (tensor, rmse),
-        "psnr": (tensor, psnr),
-        "ssim": (tensor, ssim),
-        "fsim": (fsim_maps, fsim_of_maps),
-        "entropy_1d": (entropy_1d, None),
-        "entropy_2d": (entropy_2d, None),
-    }
-    return formulas[name]
+    return FORMULAS[name]
 
 
 def tensor(image):
@@ -57,36 +51,27 @@ def planes(image):
 
 def mean_squares(a, b, scale):
     """(3,) of ((a - b) / scale)^2. In fp32, summed pixel after pixel: numpy's way for these axes.
-
-    And so the package's: at 512 x 512 its rounding is 1e-4 of the value.
-    """
+    And so the package's: at 512 x 512 its rounding is 1e-4 of the value."""
     difference = tensor(a).float() - tensor(b)
     return np.square(difference.cpu().numpy() / scale).mean((0, 1))
 
 
 def rmse(a, b, max_p=4095):
     """Root mean squared error: per channel, of pixels divided by max_p, then the mean of channels.
-
-    max_p 255 gives the textbook value, 16 times larger.
-    """
+    max_p 255 gives the textbook value, 16 times larger."""
     return float(np.sqrt(mean_squares(a, b, max_p)).mean())
 
 
 def psnr(a, b, max_p=4095):
     """Peak signal to noise ratio, in dB: 20 log10(max_p / root mean squared error); inf if equal.
-
-    max_p 255 gives the textbook value, 24.1 dB lower. Channels are averaged before the root.
-    """
+    max_p 255 gives the textbook value, 24.1 dB lower. Channels are averaged before the root."""
     mse = float(mean_squares(a, b, 1).mean())
     return 20 * math.log10(max_p / math.sqrt(mse)) if mse else math.inf
 
 
 def ssim(a, b, max_p=4095):
-    """Structural similarity (Wang et al. 2004) over 7x7 windows, with sample covariances.
-
-    K1 .01 and K2 .03 scale with max_p: at 4095 they drown most of the contrast of 8-bit images (.73
-    where the textbook's 255 says .2).
-    """
+    """Structural similarity (Wang et al. 2004) over 7x7 windows, sample covariances. K1 .01, K2 .03
+    scale with max_p: 4095 drowns most contrast of 8 bits (.73 where the textbook's 255 says .2)."""
     x, y = planes(a), planes(b)
     means = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y]), 7, stride=1)
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means
@@ -101,19 +86,16 @@ def similarity(p, q, constant):
     return (2 * p * q + constant) / (p**2 + q**2 + constant)
 
 
-def fsim(a, b, wrap=True):
-    """Feature similarity (Zhang et al. 2011) per colour channel, then the mean of channels.
-
-    NaN for an image without contrast (the safety checker's black one). wrap=False takes the
-    gradient as it was meant. For many pairs: fsim_maps once an image, fsim_of_maps once a pair.
-    """
-    return fsim_of_maps(fsim_maps(a, wrap), fsim_maps(b, wrap))
+def fsim(a, b):
+    """Feature similarity (Zhang et al. 2011) per colour channel, then the mean of channels; NaN for
+    a black image. For many pairs: fsim_maps once an image, fsim_of_maps once a pair."""
+    return fsim_of_maps(fsim_maps(a), fsim_maps(b))
 
 
-def fsim_maps(image, wrap=True):
+def fsim_maps(image):
     """(phase congruency, gradient magnitude), (3, H, W) each: FSIM's share of one image alone."""
     x = planes(image)
-    return phase_congruency(x), gradient_magnitude(x, wrap)
+    return phase_congruency(x), gradient_magnitude(x)
 
 
 def fsim_of_maps(a, b):
@@ -123,18 +105,13 @@ def fsim_of_maps(a, b):
     return ((alike * weight).sum((1, 2)) / weight.sum((1, 2))).mean().item()
 
 
-def gradient_magnitude(x, wrap=True):
-    """(C, H, W) fp64 -> (C, H, W): Scharr's gradient, borders mirrored.
-
-    wrap: the package computes in 16 unsigned bits, where negative slopes saturate to 0 and squares
-    wrap at 65536. That is a slip, but it is inside the published FSIM.
-    """
+def gradient_magnitude(x):
+    """(C, H, W) fp64 -> (C, H, W): Scharr's gradient, borders mirrored. In 16 unsigned bits, where
+    negative slopes are 0 and squares wrap: the package's slip, but inside the published FSIM."""
     scharr = x.new_tensor([[-3, 0, 3], [-10, 0, 10], [-3, 0, 3]])
     kernels = torch.stack([scharr, scharr.T])[:, None]
     padded = F.pad(x[:, None], (1, 1, 1, 1), mode="reflect")
     slopes = F.conv2d(padded, kernels).round()  # (C, 2, H, W): integers, whatever the algorithm
-    if not wrap:
-        return slopes.square().sum(1).sqrt()
     squares = slopes.clamp(min=0).square() % 65536
     return (squares.sum(1) % 65536).sqrt().float()  # numpy's root of a uint16 is fp32
 
@@ -196,10 +173,8 @@ def entropy_1d(image):
 
 def entropy_2d(image, quantised=False):
     """Entropy, in bits, of pairs (gray level, mean of its 8 neighbours), zeros outside the image.
-
     The mean is not rounded: up to 256 x 2041 bins, about 14 bits on photos. That is the code in
-    circulation and the paper's number. quantised: the textbook's 256 x 256 bins, about 11.
-    """
+    circulation and the paper's number. quantised: the textbook's 256 x 256 bins, about 11."""
     gray = gray_levels(image)
     block = F.avg_pool2d(gray[None].double(), 3, 1, padding=1, divisor_override=1)[0].long()
     around = block - gray  # the sum of 8 neighbours, 0 .. 2040
@@ -208,23 +183,27 @@ def entropy_2d(image, quantised=False):
     return entropy_bits(gray * 2048 + around)
 
 
+FORMULAS = {  # as load_metric returns them: the metrics that need no weights
+    "rmse": (tensor, rmse),
+    "psnr": (tensor, psnr),
+    "ssim": (tensor, ssim),
+    "fsim": (fsim_maps, fsim_of_maps),
+    "entropy_1d": (entropy_1d, None),
+    "entropy_2d": (entropy_2d, None),
+}
+
+
 class LPIPS:
     """Distance of unit-normalised AlexNet features, weighted by 1,152 learned numbers. fp32.
+    net.distance(net.features(a), net.features(b)) of two images of one size; 0 for the same."""
 
-    net.distance(net.features(a), net.features(b)) of two images of one size; 0 for the same.
-    """
-
-    TRUNK = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-    HEADS = (
-        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
-    )
     MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
     def __init__(self, device, weights):
         self.device = device
-        path = find_url(self.TRUNK, weights)
+        path = find_url(TRUNK, weights)
         self.trunk = build(alexnet, take(read_state(path), r"features\."), path, device)
-        path = find_url(self.HEADS, weights)
+        path = find_url(HEADS, weights)
         heads = renamed(read_state(path), {r"^lin(\d)\.model\.1": r"\1"})
         self.heads = build(lpips_heads, heads, path, device)
 

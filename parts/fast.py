@@ -13,10 +13,7 @@ from parts.weights import has_weights
 
 def make_fast(pipe, judge, unet_batches, judge_batch):
     """torch.compile of UNet, VAE decoder and judge. unet_batches: the UNet's batch sizes, in rows.
-
-    Compiled code rounds otherwise with its LoRA on and off: in half precision X is 1 at the start
-    to the digits that the mean log-ratio leaves, not to the last bit.
-    """
+    With its LoRA on and off compiled code rounds otherwise: in half precision X begins near 1."""
     forward = pipe.unet.forward
 
     def noise(x, t, text):
@@ -46,9 +43,7 @@ def compile_at(f, *sizes):
 
 def load_preview(where, pipe):
     """A tiny autoencoder that decodes for the judge, at a twentieth of the VAE's cost.
-
-    Raises UserError if it cannot be had, or is not for the pipeline's latents.
-    """
+    Raises UserError if it cannot be had, or is not for the pipeline's latents."""
     from diffusers import AutoencoderTiny
 
     try:

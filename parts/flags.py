@@ -37,11 +37,8 @@ def whole_path(word):
 
 
 def parse(argv, description, flags, sections, free_on_resume):
-    """Returns (args, why this model). Raises UserError.
-
-    sections: {"pairs": defaults, "full": defaults}, for a run with that flag; a model's train.json
-    may hold a section of that name, too. free_on_resume: flags that a resumed run may change.
-    """
+    """(args, why this model), or UserError. sections: {flag: defaults of a run with it}, which a
+    model's train.json may have, too. free_on_resume: flags that a resumed run may change."""
     parser = build_parser(flags, description)
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     where, why = resolve_model(first.model)
@@ -55,8 +52,6 @@ def parse(argv, description, flags, sections, free_on_resume):
         raise UserError(f"{where}/train.json: {min(unknown)} is no flag of train.py")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.judge == "auto":
-        args.judge = parser.get_default("judge")
     args.model = "toy" if where == TOY else where
     if args.output_dir is None:
         name = Path(where).name.removesuffix(".safetensors")

@@ -14,8 +14,7 @@ from parts.common import UserError
 PLACE = r"(\d+)(?:(?:_|/|_seed|/samples/)(\d+))?"
 IMAGE_NAME = re.compile(PLACE + r"\.(?:png|jpe?g|webp|bmp|tiff?)", re.IGNORECASE)
 # may lie beside images
-NOTES = r"\..*|.*\.(txt|md|csv|json|jsonl|log|ya?ml)|grid\.png|Thumbs\.db|desktop\.ini"
-NOTES = re.compile(NOTES, re.IGNORECASE)
+NOTES = re.compile(r"(?i)\..*|.*\.(txt|md|csv|jsonl?|log|ya?ml)|grid\.png|thumbs\.db|desktop\.ini")
 
 
 def list_images(folder):

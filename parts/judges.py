@@ -56,10 +56,7 @@ JUDGES = {
 
 def load_judge(name, device="cpu", weights=None):
     """The judge called `name`, on `device`. weights: a folder to take them from, not the hub.
-
-    Raises UserError for an unknown name or a wrong checkpoint, WeightsMissing (a UserError) if the
-    weights cannot be had.
-    """
+    Raises UserError for an unknown name or a wrong checkpoint, WeightsMissing for none."""
     if name not in JUDGES:
         raise UserError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
     judge = JUDGES[name](device, weights)

@@ -16,27 +16,16 @@ from loss import at_least_fp32
 from parts.common import to_pil
 from parts.fast import compile_at
 from parts.images import to_pixels
-from parts.weights import (
-    build,
-    find,
-    find_url,
-    load_tokenizer,
-    read_config,
-    read_folder,
-    read_state,
-)
+from parts.weights import build, find, find_url, load_tokenizer, read_folder, read_state
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def tower(width, layers, heads, activation="gelu", **others):
     """A transformer in the words of transformers' configurations, whose defaults differ in silence.
-
-    So CLIPConfig's own activation, quick_gelu, would give plausible but wrong cosines here.
-    """
+    So CLIPConfig's own activation, quick_gelu, would give plausible but wrong cosines here."""
     return dict(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -56,9 +45,7 @@ VIT_H = dict(
 
 class CLIP:
     """scale * cosine of CLIP's embeddings of an image and a prompt. The subclasses fill this in.
-
-    The weights are frozen (parts/weights.build), so that no graph is kept without torch.no_grad.
-    """
+    The weights are frozen (parts/weights.build), so that no graph is kept without torch.no_grad."""
 
     file = None  # None: the repo is a model's folder in transformers' format, with a config.json
     CONFIG = VIT_H  # where there is a file and so no config.json
@@ -74,10 +61,7 @@ class CLIP:
 
         dtype = dtype or (self.cuda_dtype if "cuda" in str(device) else torch.float32)
         where = find(self.repo, self.file, weights)
-        if self.file:
-            config, state = self.CONFIG, read_state(where)
-        else:
-            config, state = read_config(where), read_folder(where)
+        config, state = (self.CONFIG, read_state(where)) if self.file else read_folder(where)
         config, state = CLIPConfig(**config), self.rename(state)
         self.clip = build(lambda: self.extend(CLIPModel(config)), state, where, device, dtype)
         self.size = config.vision_config.image_size
@@ -105,9 +89,7 @@ class CLIP:
 
     def embed(self, images, t=None):
         """(N, 3, H, W) in [0, 1] -> (N, D) unit vectors: their products compare two images.
-
-        t (N,): the timesteps, which StepAware alone reads; None is 0, finished images.
-        """
+        t (N,): the timesteps, which StepAware alone reads; None is 0, finished images."""
         images = images.to(self.clip.device)
         pixels = preprocess(images, self.size, self.resize, self.crop)
         t = torch.zeros(len(images)) if t is None else t
@@ -186,9 +168,7 @@ class HPS(CLIP):
 
 class Aesthetic(CLIP):
     """LAION's head on the image embedding of OpenAI's CLIP ViT-L/14; the prompt is not read.
-
-    The embedding is normalised: without that the same file gives other, plausible numbers.
-    """
+    The embedding is normalised: without that the same file gives other, plausible numbers."""
 
     repo = "openai/clip-vit-large-patch14"
     HEAD = (
@@ -270,9 +250,7 @@ def two_layers(width, out, activation=nn.GELU):
 
 def linear_head(width):
     """The head of LAION's aesthetic predictor and of ImageReward: linear layers, nothing between.
-
-    The layers bear their numbers in the checkpoints, where dropouts took some too.
-    """
+    The layers bear their numbers in the checkpoints, where dropouts took some too."""
     widths = [width, 1024, 128, 64, 16, 1]
     head = nn.Sequential()
     for number, inputs, outputs in zip("02467", widths, widths[1:]):

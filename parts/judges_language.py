@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from loss import at_least_fp32
 from parts import judges_clip
 from parts.judges_clip import preprocess, renamed, take, tokenize, tower
-from parts.weights import build, find, load_tokenizer, read_config, read_folder, read_state
+from parts.weights import build, find, load_tokenizer, read_folder, read_state
 
 
 class ImageReward:
     """BLIP's text encoder reads the prompt while it looks at the image (Xu et al. 2023).
-
-    A linear head on its [CLS] state is the reward, standardised over the authors' data.
-    """
+    A linear head on its [CLS] state is the reward, standardised over the authors' data."""
 
     MEAN, STD = 0.16717362830052426, 1.0333394966054072
     CONFIG = dict(
@@ -109,9 +107,10 @@ class VQAScore:
         self.tokenizer = load_tokenizer(AutoTokenizer, "google/flan-t5-xl", weights)
         self.yes = self.tokenizer("Yes").input_ids  # one token and the end
         self.words = len(self.tokenizer)  # 32100 of 32128 logits: the reference cuts off the rest
-        t5, vision, projector = self.split(read_folder(where))
+        t5_config, state = read_folder(where)
+        t5, vision, projector = self.split(state)
         options = where, device, dtype
-        self.t5 = build(lambda: self.make_t5(read_config(where)), t5, *options)
+        self.t5 = build(lambda: self.make_t5(t5_config), t5, *options)
         self.t5.encoder.embed_tokens = self.t5.decoder.embed_tokens = self.t5.shared
         vision_config = CLIPVisionConfig(**self.CONFIG)
         self.vision = build(lambda: CLIPVisionModel(vision_config), vision, *options)

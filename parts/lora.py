@@ -20,11 +20,8 @@ KOHYA_FILE = "kohya.safetensors"
 
 
 def read_lora(path, tensors):
-    """{UNet layer: (A (r, in), B (out, r))}, B times alpha / r, so that the layer adds B A x.
-
-    tensors: what the file at path holds. Raises UserError for what a LoRA of linear UNet layers
-    does not hold.
-    """
+    """{UNet layer: (A (r, in), B (out, r))}, B times alpha / r, so that the layer adds B A x, of
+    what the file at path holds. Raises UserError if that is no LoRA of linear UNet layers alone."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 

@@ -166,9 +166,7 @@ class Policy:
 
     def save(self, folder, metadata=None):
         """For others: folder/pytorch_lora_weights.safetensors, or a whole UNet as folder/unet.
-
-        metadata: {str: str}, kept in the file's header.
-        """
+        metadata: {str: str}, kept in the file's header."""
         # safetensors: header and tensors, no code
         state, metadata = self.state(), {"format": "pt", **(metadata or {})}
         data = save(state, metadata=metadata)
@@ -197,9 +195,7 @@ def policy_file(path):
 
 def load_policy(unet, path):
     """A run's policy (its folder, or the file) onto a UNet whose own weights are the reference.
-
-    Returns a frozen Policy. Raises UserError if there is none, or one of another model.
-    """
+    Returns a frozen Policy. Raises UserError if there is none, or one of another model."""
     file = policy_file(path)
     if file is None:
         raise UserError(f"no LoRA at {path!r}: give a folder with {LORA_FILE} or unet/ in it")
@@ -293,9 +289,7 @@ def decode_batch(pipe):
 @torch.no_grad()
 def decode(pipe, latents, vae=None):
     """Latents (N, 4, h, w) -> images (N, 3, H, W), in [0, 1] but for the VAE's overshoot.
-
-    vae: a tiny autoencoder in place of the pipeline's own.
-    """
+    vae: a tiny autoencoder in place of the pipeline's own."""
     vae = vae or pipe.vae
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)  # SD1.5: 0.18215
 

@@ -18,10 +18,8 @@ from scipy import optimize
 
 def optimal_policy(p_ref, reward, beta, div):
     """Theorem 1 on a finite set: (log X, lambda); p_ref, reward, log X (N,), p* = p_ref X.
-
     log X, since p* underflows at small beta; lambda with Table 1's constants in f'. Raises
-    ValueError where theorem 1 does not hold, or a distribution is none.
-    """
+    ValueError where theorem 1 does not hold, or a distribution is none."""
     p_ref, reward = check(p_ref, reward, div)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number, got {beta}")
@@ -38,8 +36,6 @@ def optimal_policy(p_ref, reward, beta, div):
         return torch.logsumexp(log_p + log_x, 0).item()
 
     most = -p_ref[gap == 0].sum().log().item()  # where the best have all the mass
-    if div.reward(torch.tensor(most, dtype=torch.float64)) > -gap.min():
-        most = inverse(div, -gap.min()[None], most).item()  # where the worst would stand at X = 1
     rest = log_mass(optimize.brentq(log_mass, -1e-9, most + 1e-9, xtol=1e-12))
     log_x = log_x - rest  # what v cannot resolve in its last bit
     f_of_best = div.reward(log_x[gap == 0][0]) + div.df(torch.ones((), dtype=torch.float64))
@@ -48,10 +44,8 @@ def optimal_policy(p_ref, reward, beta, div):
 
 def critical_beta(p_ref, reward, div):
     """The beta below which the best items keep a share of p*, as p_ref of them tends to 0.
-
     That share is max(0, 1 - E[X]), X = (f')^{-1}(f'(inf) - D / beta), D what an item lacks to the
-    best, E over the others under p_ref. None where f'(inf) is infinite. Raises ValueError.
-    """
+    best, E over the others under p_ref. None where f'(inf) is infinite. Raises ValueError."""
     p_ref, reward = check(p_ref, reward, div)
     lack = reward.max() - reward
     others = lack > 0
@@ -91,11 +85,8 @@ def root(function, start):
 
 
 def shares_in_training(p_ref, reward, beta, divs, steps=4000):
-    """The best item's share after each step of Adam on eq. 5 (theorem 2), (rows, steps).
-
-    All pairs alike, Bradley-Terry's labels in expectation. The rows' losses are summed, and each
-    row moves its own logits alone.
-    """
+    """(rows, steps): the best item's share after each step of Adam on eq. 5 (theorem 2), all pairs
+    alike, Bradley-Terry's labels in expectation. A sum of losses: a row moves its own logits."""
     wins = torch.sigmoid(reward[:, None] - reward) / len(reward) ** 2
     logits = p_ref.log().repeat(len(divs), 1).requires_grad_()
     opt, shares = torch.optim.Adam([logits], lr=0.01), []
@@ -136,9 +127,7 @@ def value_and_slope(div, u):
 
 def inverse(div, target, high, start=None):
     """u (N,) <= high where f'(e^u) - f'(1) = target, by Newton's method.
-
-    From `start`, or from a table of the function that is fine near `high`.
-    """
+    From `start`, or from a table of the function that is fine near `high`."""
     u = from_table(div, target, high) if start is None else start.clamp(max=high)
     for _ in range(30 if start is None else 4):  # a table is better than a start that is far
         value, slope = value_and_slope(div, u)

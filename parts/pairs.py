@@ -23,15 +23,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from loss import noise_log_ratio
-from parts.common import (
-    UserError,
-    cell_of,
-    hold_out,
-    make_folder,
-    progress_bar,
-    read_prompts,
-    read_rows,
-)
+from parts import common
+from parts.common import UserError, cell_of
 from parts.images import read_image
 from parts.model import encode_prompts, latent_shape, predict_noise, say_cut
 from parts.weights import first_line
@@ -49,13 +42,11 @@ Pair = collections.namedtuple("Pair", "caption winner loser weight")
 
 def open_pairs(path, pipe, cache_dir, skip_bad=False, seed=0, quiet=False):
     """The PairSet of PATH, its images encoded under cache_dir. Prints what was left out or cut.
-
     Raises UserError for a wrong file, an empty set, and for missing or damaged images: their pairs
-    are named once all others are encoded; skip_bad leaves them out instead.
-    """
+    are named once all others are encoded; skip_bad leaves them out instead."""
     folder = latents_folder(cache_dir, pipe)
     pairs, bad, notes = [], [], collections.Counter()
-    bar = progress_bar(iterable=records(path), desc="encoding", unit=" pairs", disable=quiet)
+    bar = common.progress_bar(iterable=records(path), desc="encoding", unit=" pairs", disable=quiet)
     for caption, images, weight, where in bar:
         if weight == 0:
             notes["left out, ties (label 0.5 or null)"] += 1
@@ -109,10 +100,8 @@ class PairSet:
 
 
 class ImagePairs:
-    """n pairs of finished images; winner and loser share the timestep t and the noise eps.
-
-    t: (n,) int64; eps: (n, 4, h, w), on the CPU; weight: (n,), in the loss; order: (n,); size: n.
-    """
+    """n pairs of finished images; winner and loser share the timestep t (n,) and the noise eps
+    (n, 4, h, w), which is on the CPU. weight: (n,), in the loss; order: (n,); size: n."""
 
     def __init__(self, data, epoch, chosen):
         self.pairs, self.pipe, self.folder = [data.pairs[i] for i in chosen], data.pipe, data.folder
@@ -123,9 +112,7 @@ class ImagePairs:
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: Diffusion-DPO's bound at the pair's t.
-
-        One prediction of either policy on 2B rows, B winners and their B losers; no guidance.
-        """
+        One prediction of either policy on 2B rows, B winners and their B losers; no guidance."""
         captions, winners, losers, _ = zip(*[self.pairs[k] for k in index.tolist()])
         scheduler = self.pipe.scheduler
         alphas_cumprod = scheduler.alphas_cumprod  # (T,), of the device and dtype to compute in
@@ -154,7 +141,7 @@ def records(path):
     for file in files or [path]:
         where = file
         try:
-            for number, row in enumerate(read_rows(file, blank=""), 1):
+            for number, row in enumerate(common.read_rows(file, blank=""), 1):
                 where = f"row {number} of {file}"
                 yield *to_record(row, file.parent), where
                 where = file
@@ -204,17 +191,14 @@ def latents_folder(cache_dir, pipe):
     settings = repr((latent_shape(pipe), pipe.vae.config.scaling_factor))
     digest = hashlib.sha256(save(pipe.vae.state_dict(), {"settings": settings}))
     folder = pathlib.Path(cache_dir, digest.hexdigest()[:16])
-    make_folder(folder, "--cache_dir")
+    common.make_folder(folder, "--cache_dir")
     return folder
 
 
 @torch.no_grad()
 def encode_once(image, pipe, folder):
-    """The key of an image's latent: its file in folder, which is made if it is not there. It holds
-    (4, h, w) fp32, scaled: the mean of the VAE's posterior.
-
-    image: a Path, or a file's bytes. None if it is no whole image.
-    """
+    """The key of an image's latent, None if it is no whole image: its file in folder, made if it is
+    not there, of (4, h, w) fp32, the VAE posterior's mean, scaled. image: a Path, or the bytes."""
     channels, h, w = latent_shape(pipe)
     try:
         data = image.read_bytes() if isinstance(image, pathlib.Path) else image
@@ -247,13 +231,11 @@ def to_model(data, height, width):
 
 def hold_out_captions(data, prompts_file, count):
     """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
-
-    prompts_file: --prompts, which names them itself. Raises UserError if no pair is left.
-    """
+    prompts_file: --prompts, which names them itself. Raises UserError if no pair is left."""
     if prompts_file:
-        held_out = read_prompts(prompts_file)[:count]
+        held_out = common.read_prompts(prompts_file)[:count]
     else:
-        captions, held_out = hold_out(data.captions, count)
+        captions, held_out = common.hold_out(data.captions, count)
         if captions == held_out:  # a single one, on both sides
             return data, held_out
     kept = [pair for pair in data.pairs if pair.caption not in held_out]

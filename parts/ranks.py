@@ -51,9 +51,7 @@ class World:
 
     def gather(self, value):
         """[value of rank 0, value of rank 1, ...], on every rank. Tensors must be on the CPU.
-
-        The values are pickled, between our own ranks and nowhere else.
-        """
+        The values are pickled, between our own ranks and nowhere else."""
         if self.size == 1:
             return [value]
         values = [None] * self.size

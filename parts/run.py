@@ -28,11 +28,9 @@ from PIL import Image
 
 from parts import common
 from parts.common import UserError, markdown, peak_gb, read_json, write_file
-from parts.diversity import load_metric
+from parts.diversity import FORMULAS
 from parts.images import to_pixels
 from parts.model import policy_file
-
-NEED_NO_WEIGHTS = ("rmse", "psnr", "ssim", "fsim", "entropy_1d", "entropy_2d")
 
 
 class Run:
@@ -305,8 +303,7 @@ def values_per_prompt(judge, prompts, images):
     if hasattr(judge, "report"):
         each = [prompt for prompt in prompts for _ in range(K)]
         values |= {name: x.view(P, K) for name, x in judge.report(flat, each).items()}
-    for metric in NEED_NO_WEIGHTS:
-        prepare, compare = load_metric(metric, "cpu", None)
+    for metric, (prepare, compare) in FORMULAS.items():
         rows = [[prepare(picture) for picture in row] for row in pictures]
         if compare:
             rows = [[compare(*two) for two in itertools.combinations(row, 2)] for row in rows]

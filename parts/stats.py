@@ -53,10 +53,8 @@ def detectable(n):
 
 def permutation_test(table, draws=9999):
     """(p, least p that such a table can give) of "the row does not matter"; table (rows, seeds).
-
-    Labels are permuted within each seed but the first; the statistic is the variance of the rows'
-    means. Exact below 20,000 tables, else `draws` of them.
-    """
+    Labels are permuted within each seed but the first, in all ways below 20,000, else in `draws`
+    of them; the statistic is the variance of the rows' means."""
     k, n = table.shape
     if n == 0:
         return math.nan, math.nan

@@ -28,9 +28,7 @@ TOY = str(Path(__file__).resolve().parents[1] / "toy")
 
 def find(repo, file=None, weights=None, repo_type="model"):
     """Path of a hub file or, with file None, of the folder of a whole model. Raises WeightsMissing.
-
-    weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at.
-    """
+    weights: a folder; then nothing but DIR/<last part of repo>[/file] and DIR/file is looked at."""
     command = f"hf download {repo} {file or ''} --repo-type {repo_type}"
     if weights:
         folder = f"{weights}/{repo.split('/')[-1]}"
@@ -84,14 +82,14 @@ def has_weights(folder):
 
 
 def read_folder(folder):
-    """{name: tensor} of all shards in a model's folder."""
+    """(config, {name: tensor} of all shards) of a model's folder."""
     files = weight_files(folder)
     if not files:
         raise WeightsMissing(f"no model*.safetensors or *.bin in {folder}: download it again")
     state = {}
     for file in files:
         state |= read_state(file)
-    return state
+    return read_config(folder), state
 
 
 def read_config(folder, name="config.json"):
@@ -148,9 +146,7 @@ def check_keys(expected, state, path):
 
 def build(make, state, path, device, dtype=torch.float32):
     """make() with `state` as its weights, frozen, in eval mode, or UserError naming a wrong key.
-
-    Made on "meta": nothing is initialised only to be overwritten.
-    """
+    Made on "meta": nothing is initialised only to be overwritten."""
     with torch.device("meta"):
         module = make()
     check_keys(module.state_dict(), state, path)
@@ -246,10 +242,7 @@ def find_configs(where):
 
 def find_model(model):
     """(folder, None) of a whole model; of a single-file checkpoint (a folder with configurations
-    for it, the file). What kind it is of is checked before weights are downloaded.
-
-    Raises UserError, naming the part, for a folder that is not whole or of another kind of model.
-    """
+    for it, the file). Raises UserError, before a download, if it is not whole, or another kind."""
     where, _ = resolve_model(model)
     if os.path.isfile(where):
         folder = os.path.dirname(os.path.abspath(where))
@@ -284,15 +277,9 @@ def check_kind(folder, where):
         (is_xl, "unet, text_encoder: not of Stable Diffusion 1's shape"),
         (unet.get("time_cond_proj_dim"), "its unet is distilled (LCM), with guidance built in"),
         (channels != latent, f"not a text-to-image model: UNet {channels} channels, VAE {latent}"),
-        (
-            re.search("FlowMatch|EDM", kind),
-            f"{kind} has other noise levels than Stable Diffusion 1",
-        ),
+        (re.search("FlowMatch|EDM", kind), f"{kind} has not Stable Diffusion 1's noise levels"),
         (prediction != "epsilon", f"only models that predict noise work, not {prediction}"),
-        (
-            scheduler.get("rescale_betas_zero_snr"),
-            "with zero-SNR betas the first x_t has no signal",
-        ),
+        (scheduler.get("rescale_betas_zero_snr"), "zero-SNR betas: the first x_t has no signal"),
     ):
         if is_so:
             raise UserError(f"model {where!r}: {fault}")
@@ -341,11 +328,9 @@ def convert_part(cls, folder, name, dtype, file, checkpoint):
 
 
 def ddim_scheduler(config):
-    """A DDIM scheduler from any scheduler's config, corrected aloud.
-
-    set_alpha_to_one and steps_offset 0 would make the last step's std 0, and log X infinite;
-    "leading" is what t - T // num_steps assumes; clipped samples are not the Gaussian's.
-    """
+    """A DDIM scheduler from any scheduler's config, corrected aloud: set_alpha_to_one and
+    steps_offset 0 would make the last step's std 0, and log X infinite; "leading" is what
+    t - T // num_steps assumes; clipped samples are not the Gaussian's."""
     from diffusers import DDIMScheduler
 
     needed = dict(clip_sample=False, thresholding=False, set_alpha_to_one=False)

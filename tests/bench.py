@@ -51,10 +51,9 @@ import random_models
 import real_size
 from timing import Clock, device_name, in_rounds, ratio_text, seconds_of
 
-import sample
 from divergences import TABLE, get_divergence
 from loss import alignment_loss, ddim_mean_std, step_log_ratio
-from parts import diversity
+from parts import diversity, model
 from parts.common import UserError, pick_device, read_prompts, run_cli
 from parts.fast import load_preview, make_fast
 from parts.judges import load_judge
@@ -207,7 +206,7 @@ class TimedJudge:
 
     def __init__(self, judge, clock, every_step):
         self.judge, self.clock, self.every_step = judge, clock, every_step
-        self.unclamped = judge.unclamped
+        self.unclamped = getattr(judge, "unclamped", False)
 
     def encode(self, prompts):
         self.prompts = prompts
@@ -262,12 +261,12 @@ class Way:
 
     def sample(self, prompts, seed, clock):
         timed = {
-            "predict_noise": clock.timed("UNet", sample.predict_noise),
-            "decode": clock.timed("decode", sample.decode),
+            "predict_noise": clock.timed("UNet", model.predict_noise),
+            "decode": clock.timed("decode", model.decode),
         }
         judge = TimedJudge(self.judge, clock, every_step=self.reference is not None)
         generator = torch.Generator().manual_seed(seed)
-        with mock.patch.multiple(sample, **timed):
+        with mock.patch.multiple(model, **timed):
             # threshold -1: every candidate is a pair, also where two scores are the same in fp16
             options = dict(threshold=-1.0, preview=self.preview)
             return collect_pairs(self.pipe, judge, prompts, generator, **options)
@@ -354,7 +353,7 @@ def bench_preview(opts):
     def run(decoder, seed):
         clock = Clock(opts.device)
         generator = torch.Generator().manual_seed(seed)
-        with mock.patch.object(sample, "decode", clock.timed("decode", sample.decode)):
+        with mock.patch.object(model, "decode", clock.timed("decode", model.decode)):
             pairs = collect_pairs(pipe, judge, prompts, generator, preview=decoder)
         return pairs.scores.cpu(), clock.seconds["decode"]
 

@@ -65,7 +65,6 @@ def test_the_toy_is_a_folder_like_any_other():
     args = parsed("--model", "toy")
     for name in ("judge", "num_epochs", "learning_rate"):
         assert getattr(args, name) == own[name]
-    assert parsed("--model", "toy", "--judge", "auto").judge == own["judge"]
     assert args.output_dir == "out/toy-js"
     alpha = parsed("--model", "toy", "--div", "alpha", "--alpha", 0.4, "--pairs", "x")
     assert alpha.output_dir == "out/toy-alpha0.4-pairs"

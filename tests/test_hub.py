@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from stand_in_hub import StandInHub
 from weights import tiny_clip
 
+from parts import diversity
 from parts import hub as hub_module
 from parts.common import UserError
-from parts.diversity import LPIPS
 from parts.hub import SHA256, WeightsMissing, choose_files, find_url
 from parts.judges_clip import CLIP_H, Aesthetic, StepAware
 from parts.model import load_pipeline
@@ -137,8 +137,8 @@ def everything(hub, tiny_judges, monkeypatch):
     tested = json.dumps([{"prompt": prompt} for prompt in PROMPTS[:2]])
     Path(hub.repos["ymhao/HPDv2"], "test.json").write_text(tested)
     trained = json.dumps([{"caption": prompt} for prompt in PROMPTS[2:8]]).encode()
-    addresses = (hub_module, "SPO_PROMPTS_URL"), (Aesthetic, "HEAD"), (LPIPS, "TRUNK")
-    for place, attribute in (*addresses, (LPIPS, "HEADS")):
+    addresses = (hub_module, "SPO_PROMPTS_URL"), (Aesthetic, "HEAD"), (diversity, "TRUNK")
+    for place, attribute in (*addresses, (diversity, "HEADS")):
         name = unquote(getattr(place, attribute)).split("/")[-1]
         path = Path(tiny_judges, name)
         hub.files[f"/files/{name}"] = data = path.read_bytes() if path.exists() else trained

@@ -112,7 +112,7 @@ def test_a_scheduler_whose_last_step_is_silent_is_corrected_aloud(micro, tmp_pat
     "wrong, words",
     [
         (dict(prediction_type="v_prediction"), "not v_prediction"),
-        (dict(rescale_betas_zero_snr=True), "with zero-SNR betas"),
+        (dict(rescale_betas_zero_snr=True), "zero-SNR betas"),
     ],
 )
 def test_unsuitable_schedulers_are_refused(micro, tmp_path, wrong, words):
@@ -352,7 +352,7 @@ KINDS = ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunD
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_of_another_kind_are_refused(micro, tmp_path, kind):
     file = "scheduler/scheduler_config.json"
-    with pytest.raises(UserError, match=f"{kind} has other noise levels"):
+    with pytest.raises(UserError, match=f"{kind} has not Stable Diffusion 1's noise levels"):
         load_pipeline(edited_copy(micro, tmp_path / "model", file, _class_name=kind))
 
 

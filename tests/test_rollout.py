@@ -165,7 +165,7 @@ def test_the_last_children_are_decoded_as_they_are(pipe, monkeypatch):
         decoded.append(latents)
         return decode(pipe, latents, vae)
 
-    monkeypatch.setattr(sample, "decode", recording)
+    monkeypatch.setattr(sample.model, "decode", recording)
     pairs = collect_pairs(pipe, judge, PROMPTS[:1], seeded(0), 2, 1, 0.0, 4)
     last = {tuple(x.flatten().tolist()) for x in decoded[-1]}
     pair = {tuple(x.flatten().tolist()) for x in (pairs.x_w[-1], pairs.x_l[-1])}

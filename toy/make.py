@@ -1,4 +1,4 @@
-"""Makes what toy/ holds: trains the tiny Stable Diffusion; writes preference pairs of its world.
+"""Makes what toy/ holds: paints its world, trains the tiny Stable Diffusion, writes pairs of it.
 
     python -m toy.make --check       what the checker and the shipped model reach
     python -m toy.make               trains the model of toy/ anew: about 45 minutes on 2 cores

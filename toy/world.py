@@ -58,9 +58,7 @@ def look_up(vocabulary, words):
 
 def read_pictures(images):
     """What is painted, by pixel rules: images (n, 3, H, W) in [0, 1] -> n of read_picture's tuples.
-
-    `python -m toy.make --check` says how often the checker is right on true pictures.
-    """
+    `python -m toy.make --check` says how often the checker is right on true pictures."""
     small = F.interpolate(images.detach().float().cpu(), size=SIZE, mode="area")
     return [read_picture(image) for image in small.numpy()]
 
@@ -111,7 +109,6 @@ class Taste:
 
     name = "taste"
     reads_prompt = False
-    unclamped = False  # it is shown images in [0, 1]
 
     def __init__(self, device="cpu", weights=None):
         pass  # a formula needs neither
