@@ -46,7 +46,7 @@ class Divergence:
     f: Elementwise  # f(X), f(1) = 0
     df: Elementwise  # f'(X), constants as in Table 1
     d2f: Elementwise  # f''(X) > 0
-    reward: Elementwise  # f'(e^u) - f'(1): f' of u, 0 at u = 0; exact in fp32 for |u| <= 80
+    reward: Elementwise  # f'(e^u) - f'(1), so 0 at u = 0; exact in fp32 for |u| <= 80
     df_inf: float = None  # f'(inf), constants as in Table 1, where it is approached slowly
 
     @property
@@ -96,8 +96,8 @@ def alpha_divergence(a):
 
 
 def js_reward(u):
-    # log(2X / (1+X)) = -log((1 + e^-u) / 2): exact near 0 in the first form, and the second form
-    # never overflows
+    # log(2X / (1+X)) = -log((1 + e^-u) / 2): log1p keeps the digits near 0, logsigmoid never
+    # overflows
     near = -torch.log1p(torch.expm1(-u.clamp(-1, 1)) / 2)
     return torch.where(u.abs() < 1, near, math.log(2) + F.logsigmoid(u))
 

@@ -60,11 +60,11 @@ TABLE3 = {
 }
 # flag: (default, its range, what it is)
 FLAGS = {
-    "prompts": ("", None, "a file, or hpdv2 (SD1.5's default; else held out, or prompts.txt)"),
+    "prompts": ("", None, "a file or hpdv2 (default: SD1.5's hpdv2; held out; prompts.txt)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
-    "weights": ("", None, "a folder of the judges' weights, in place of the hub"),
+    "weights": ("", None, "a folder of all weights (and HPDv2), in place of the hub"),
     "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
     "batch_size": (16, "[1, inf)", "images painted at once"),
@@ -100,7 +100,7 @@ def main():
         common.make_folder(f"{row.folder}/scores")
         if row.model:
             with FileLock(f"{row.folder}/.lock"):  # another judge's call finds all painted
-                paint(row, prompts, choose_sampler(args, rows), args)
+                paint_missing(row, prompts, choose_sampler(args, rows), args)
         row.stamp = f"# of images {digest(row.files.values(), [*row.files, prompts])}"
     not_run = {}  # metric -> why
     for name in metrics:
@@ -146,20 +146,20 @@ def find_rows(args):
 
 def find_row(target, model):
     """What the user named. model: that a LoRA belongs to if its folder does not say."""
-    source = find_model(target)
+    source = real_path(target)
     # owner/name, owner/name@revision; but out/name is a run that is not there
     is_hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+(@\S+)?", source)
     if (is_hub_id and not os.path.exists(source)) or os.path.exists(f"{source}/model_index.json"):
         return Row(source, source, {})
     if policy_file(source):
         run = weights.read_config(source) if os.path.exists(f"{source}/config.json") else {}
-        return Row(source, find_model(run.get("args", {}).get("model", model)), run)
+        return Row(source, real_path(run.get("args", {}).get("model", model)), run)
     if list_images(source)[0]:
         return Row(source, None, {})
     raise UserError(f"nothing to score at {target!r}: give a run with a LoRA, a model or P_K.png")
 
 
-def find_model(model):
+def real_path(model):
     where, _ = weights.resolve_model(model)
     return os.path.realpath(where) if os.path.isdir(where) else where
 
@@ -228,7 +228,7 @@ def find_images(row, prompts, args):
         raise UserError(f"{len(bad)} bad files (--skip_bad leaves them out): {bad[0]}")
 
 
-def paint(row, prompts, sampler, args):
+def paint_missing(row, prompts, sampler, args):
     """Sets row.files, and paints those that are not there: DDIM, eta 0."""
     args.images_per_prompt = args.images_per_prompt or 4
     check_settings(row, prompts, sampler)

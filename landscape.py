@@ -21,7 +21,6 @@ numbers are float64.
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import torch
 
 from divergences import TABLE, get_divergence
 from loss import gradient_ratio, surface, surface_gradient
-from parts import optimum
+from parts import common, optimum
 from parts.common import UserError, make_folder, markdown, run_cli, save_figure, write_csv
 from parts.flags import build_parser, check_ranges
 from parts.run import read_log, running_mean
@@ -313,20 +312,19 @@ def verdict(found):
 def read_run(folder):
     """(folder, divergence, beta, path) of a run. Raises UserError. path (2, steps): X_w and X_l,
     each the geometric mean over the pairs of a step."""
-    path = Path(folder, "config.json")
+    fix = "--runs takes folders that train.py wrote; its --resume mends a log that was cut"
+    args = common.read_json(f"{folder}/config.json", fix)["args"]
     try:
-        args = json.loads(path.read_text("utf-8"))["args"]
         div = get_divergence(args["div"], args["alpha"])
         beta = args["beta"] / (div.curvature if args["match_curvature"] else 1)
-        path = Path(folder, "metrics.jsonl")
         logs = [(step["log_X_w"], step["log_X_l"]) for step in read_log(folder, "step")]
         if not logs or not np.isfinite(logs).all():
             raise ValueError("no optimiser step yet, or one that is not finite")
-        return folder, div, beta, np.exp(logs).T
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = f"cannot use {path} ({type(error).__name__}: {error})"
-        fix = "--runs takes folders that train.py wrote; its --resume mends a log that was cut"
-        raise UserError(f"{why}: {fix}") from error
+    except UserError:  # it names the file
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cannot use the run {folder!r} ({error}): {fix}") from error
+    return folder, div, beta, np.exp(logs).T
 
 
 def draw_runs(runs, folder):

@@ -120,7 +120,7 @@ def alignment_loss(u_w, u_l, div, beta, clip_range=0.1, clip="ratio", weight=Non
     """Eq. 5 on a batch of pairs. u_w, u_l: log-ratios (N,). Returns (loss, stats).
 
     loss: the mean over the N pairs, a scalar; ln 2 where the policy is the reference. Raises
-    ValueError for an empty batch, whose mean would be NaN. weight: (N,), of each pair in the sum.
+    ValueError for an empty batch, whose mean would be NaN. weight: (N,), a factor of each pair.
     clip, with c = clip_range:
       "ratio"     SPO's: X is clamped to [1-c, 1+c]. Outside the gradient is zero, also for a winner
                   that fell below 1-c or a loser that rose above 1+c: lost to training.

@@ -56,7 +56,7 @@ def generate(
                 progress(len(x) / num_steps)
         decoded = model.decode(pipe, x)
         if not decoded.isfinite().all():  # it would be a black picture, and be scored as one
-            raise common.UserError("a picture is not finite: the model or the LoRA is damaged")
+            raise common.UserError("a picture is not finite: damaged weights, or training diverged")
         images.append(decoded.clamp(0, 1).cpu())
     return torch.cat(images)
 
@@ -98,7 +98,7 @@ class Pairs:
     order: torch.Tensor = None  # (M,), in which to train on them; train.Rollouts sets it
 
     @property
-    def size(self):
+    def advance(self):
         """How many prompts the rollout saw."""
         return len(self.text)
 
@@ -106,10 +106,8 @@ class Pairs:
         """(u_w, u_l), each (B,), of the pairs `index`: one step's log X, loss.step_log_ratios.
         Winner and loser share x_t, t and prompt: one prediction of either policy serves both."""
         x_t, t, text = self.x_t[index], self.t[index], self.text[self.prompt[index]]
-        inputs = x_t, t, text, self.null, self.guidance
-        eps = model.predict_noise(policy.unet, *inputs)  # (B, 4, h, w)
-        with policy.reference():
-            eps_ref = model.predict_noise(policy.unet, *inputs)
+        # both (B, 4, h, w)
+        eps, eps_ref = policy.predict_both(x_t, t, text, self.null, self.guidance)
         x_w, x_l = self.x_w[index], self.x_l[index]
         sampler = dict(alphas_cumprod=self.alphas_cumprod, num_steps=self.num_steps, eta=self.eta)
         return step_log_ratios(eps, eps_ref, x_t, x_w, x_l, t, **sampler, reduce=reduce)
@@ -245,7 +243,7 @@ def clear_pairs(parent, children, t, scores, threshold):
 
 
 FLAGS = {  # flag: (default, its range, what it is)
-    "prompts": (None, None, "a file of prompts, one a line, instead or as well"),
+    "prompts": (None, None, "a file of further prompts, one a line"),
     "model": ("auto", None, "auto, toy, a folder, a single checkpoint or a hub id"),
     "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
     "guidance_scale": (5.0, "(-inf, inf)", "<= 1 is none"),

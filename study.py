@@ -12,7 +12,7 @@ cut one goes on by --resume: kill the study anywhere and give the same command. 
     runs.csv      figures of every held-out prompt (its number: its place in a run's config.json).
                   div "original" is the model before training. Where f''(1) = 1, as in rkl and fkl,
                   `matched` is `published`: such a run stands in the file once, under that name.
-                  digest is of the code and flags: others are refused, so run it from a clone
+                  digest is of code and flags: rows of others are refused, so run it from a clone
     study.md      tables and verdicts (parts/stats.py); study.png: taste against diversity
     runs/         the runs' folders and logs; to go on elsewhere runs.csv is enough
 """
@@ -81,7 +81,7 @@ def main():
     args = parse_args()
     table, specs = Path(args.output_dir, "runs.csv"), plan(args)
     if not args.report:
-        check_digests(specs, read_rows(table))
+        check_digests(specs, read_table(table))
         todo = unfinished(specs, table)
         hours, gb, of = TOY_COST if args.own_judge else SD15_COST
         print(f"{len(specs)} runs of {args.model}, {len(specs) - len(todo)} finished. The others:")
@@ -115,10 +115,10 @@ def main():
 def parse_args():
     words = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:]))
     parser = build_parser(FLAGS, __doc__)
-    known = f"{', '.join(SETTINGS)}; with this flag or the next two: published"
+    known = f"of {', '.join(SETTINGS)} (default: the toy's plan above, or published)"
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help=known)
-    parser.add_argument("--div", nargs="+", help=f"of {', '.join(PAPER)} and your own; all seven")
-    parser.add_argument("--seeds", nargs="+", type=int, help="0 1 2")
+    parser.add_argument("--div", nargs="+", help=f"of {', '.join(PAPER)} (all seven) and your own")
+    parser.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2)")
     args = parser.parse_args(words)
     check_ranges(FLAGS, args)
     args.extra = sys.argv[len(words) + 2 :]  # behind --, flags of train.py
@@ -165,9 +165,9 @@ def where_run(setting, div):
 
 
 def files_of_a_run():
-    """Every file of ours that train.py imports: its code, which digest stands for."""
+    """Every file that train.py imports of ours: its code, which digest stands for."""
     names = ("train.py", "sample.py", "loss.py", "divergences.py", "toy/world.py")
-    parts = set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py"}
+    parts = set(HERE.glob("parts/*.py")) - {HERE / "parts/stats.py", HERE / "parts/optimum.py"}
     return [*map(HERE.joinpath, names), *sorted(parts)]
 
 
@@ -185,7 +185,7 @@ def check_digests(specs, rows):
 
 
 def unfinished(specs, table):
-    there = {row[:3] for row in read_rows(table)}
+    there = {row[:3] for row in read_table(table)}
     return [spec for spec in specs if spec[:3] not in there]
 
 
@@ -244,7 +244,7 @@ def run_all(todo, table, args):
 # ---- runs.csv and study.png ----------------------------------------------------------------------
 
 
-def read_rows(table):
+def read_table(table):
     """Raises UserError unless every epoch of a run has the original's metrics and prompts."""
     if not table.exists():
         return []
@@ -268,7 +268,7 @@ def read_rows(table):
 
 def add_rows(spec, table, digest):
     """A finished run's figures into the table, and those of the original where it has none."""
-    rows = read_rows(table)
+    rows = read_table(table)
     there = {row[:3] for row in rows}
     original = spec._replace(div="original", seed="", digest=digest)
     evaluated = read_evaluated(spec.folder)
@@ -292,7 +292,7 @@ def place(row):
 def read_outcomes(table):
     """{setting: Outcome}; a shared run is in each of its settings, after the original's figures."""
     values = defaultdict(list)  # of all epochs and prompts
-    for row in sorted(read_rows(table), key=place):
+    for row in sorted(read_table(table), key=place):
         values[row.setting, row.div, row.seed, row.metric].append(float(row.value))
     settings = defaultdict(dict)
     for setting, (home, div, seed, metric) in itertools.product(SETTINGS, values):

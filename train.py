@@ -23,8 +23,8 @@ latent (loss.py says what that changes). Different on purpose:
   3. a short last group of pairs weighs in the gradient by its size;
   4. on one GPU four accumulated batches of 10 pairs stand for SPO's four GPUs in a step; but a
      rollout has 10 prompts where theirs has 40 (--sample_batch_size 40);
-  5. every random number is a function of --seed and the chunk (a rollout; with --pairs 20 steps),
-     so that --resume replays the chunk that was cut to the same bits.
+  5. training's random numbers follow from --seed and the position, never from what ran before, so
+     that --resume replays the chunk (a rollout; with --pairs 20 steps) that was cut to the bit.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ FLAGS = {
     "log_ratio": ("mean", REDUCE, "log X over the latent; sum is the paper's X, mean is SPO's"),
     "model": ("auto", None, "auto, toy, a diffusers folder, a single checkpoint or a hub id"),
     "judge": ("step_aware", ("none", *JUDGES), "which model scores"),
-    "weights": (None, None, "a folder with the judge's weights, in place of the hub"),
+    "weights": (None, None, "a folder of the judge's weights (and SPO's prompts), not the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
     "prompts": (None, None, "a .txt, a table or JSON (default: the model's own, or SPO's 4,000)"),
     "pairs": (None, None, "preference pairs, a folder or a file: docs/pairs.md"),
@@ -77,7 +77,7 @@ FLAGS = {
     "threshold": (0.3, "[0, 1)", "a pair counts if softmax([best, worst]) differs by more"),
     "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
     "eta": (1.0, "(0, inf)", "DDIM noise; children differ by it alone"),
-    "guidance_scale": (5.0, "(-inf, inf)", "in sampling and in training; <= 1: none"),
+    "guidance_scale": (5.0, "(-inf, inf)", "in sampling, and in training without --pairs; 1: none"),
     # training
     "train_batch_size": (10, "[1, inf)", "pairs a backward pass, on every rank"),
     "gradient_accumulation_steps": (4, "[1, inf)", "backward passes an optimiser step"),
@@ -105,7 +105,7 @@ SECTIONS = {  # what a run with that flag changes; a model's train.json may have
     "pairs": dict(beta=5.0, clip="none", judge="none"),
     "full": dict(learning_rate=2e-5, checkpointing_chunks=25),  # a state of SD1.5 is 14 GB
 }
-# all else is the run's own: another value would make it another run
+# what a resumed run may change: another value of any other would make it another run
 FREE_ON_RESUME = ("weights", "num_epochs", "max_train_steps", "checkpointing_chunks")
 FREE_ON_RESUME += ("device", "cache_dir", "pairs", "output_dir", "resume")
 
@@ -115,7 +115,7 @@ def train(args, policy, source, div, beta, run, world, show):
 
     source (Rollouts below, or PairSet of parts/pairs.py): len(source) prompts or pairs an epoch;
     source.collect(run, pairs_a_step, bar) -> pairs, the chunk at position run.seen. pairs: .order
-    (n,), .t (n,), .weight (n,), .log_ratios(policy, index, reduce) and .size, by which the chunk
+    (n,), .t (n,), .weight (n,), .log_ratios(policy, index, reduce) and .advance, by which the chunk
     moves the position. run: the folder and the position. show(epoch) paints its pictures.
     Returns the last epoch, whole or not.
     """
@@ -174,7 +174,7 @@ def train(args, policy, source, div, beta, run, world, show):
                     return epoch
 
             # The position: all that a chunk depends on beside the seed and the weights.
-            run.chunk, run.seen = run.chunk + 1, run.seen + pairs.size
+            run.chunk, run.seen = run.chunk + 1, run.seen + pairs.advance
             bar.update(run.seen - bar.n)
             if run.seen % len(source) == 0:  # before the state, so that no picture is missing
                 show(run.seen // len(source))

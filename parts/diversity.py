@@ -50,8 +50,8 @@ def planes(image):
 
 
 def mean_squares(a, b, scale):
-    """(3,) of ((a - b) / scale)^2. In fp32, summed pixel after pixel: numpy's way for these axes.
-    And so the package's: at 512 x 512 its rounding is 1e-4 of the value."""
+    """(3,) means of ((a - b) / scale)^2, in fp32 and numpy's order, pixel after pixel. So are the
+    package's: at 512 x 512 the rounding is 1e-4 of the value."""
     difference = tensor(a).float() - tensor(b)
     return np.square(difference.cpu().numpy() / scale).mean((0, 1))
 

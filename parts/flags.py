@@ -1,5 +1,5 @@
-"""How a flag gets its value: from its script's table and, of train.py, over that from the model's
-folder, over that from the run that is resumed, over that from the command line."""
+"""How a flag gets its value: the script's table says it; for train.py the model's train.json, then
+the resumed run's config.json, go over that; the command line goes over all."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 from parts.common import Parser, UserError, read_json
 from parts.weights import TOY, read_train_json, resolve_model
 
-# kept as whole paths where such a path is there, so that a run knows its files from anywhere
+# paths that exist are made absolute, so that --resume works from any folder
 PATHS = ("model", "prompts", "pairs", "weights", "preview_decoder", "cache_dir")
 NOT_WITH_PAIRS = ("num_children", "first_step", "threshold", "eta", "sample_batch_size")
 
@@ -66,7 +66,7 @@ def parse(argv, description, flags, sections, free_on_resume):
         raise UserError(f"{args.output_dir!r} already holds a run: {fix}")
     for name in NOT_WITH_PAIRS:
         if args.pairs and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name} is about sampling pairs: leave it or --pairs out")
+            raise UserError(f"--{name} is about sampling pairs: drop it, or drop --pairs")
     of_run = f" (of {args.output_dir}/config.json)" if args.resume else ""
     check_ranges(flags, args, of_run)
     return args, why

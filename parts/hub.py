@@ -57,8 +57,8 @@ def hub_out_of_reach():
 
 
 def from_hub(repo, wanted, is_whole, repo_type="model", fix=""):
-    """The folder of a hub repository's files whose names fit the pattern `wanted`, of the cache if
-    is_whole(folder). repo: owner/name, or owner/name@revision. Raises WeightsMissing."""
+    """A folder with a hub repository's files whose names fit `wanted`, a pattern: the cache's if
+    is_whole(it), else downloaded. repo: owner/name[@revision]. Raises WeightsMissing."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 

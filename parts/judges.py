@@ -31,8 +31,8 @@ docs/metrics.md. The models: judges_clip.py, judges_language.py. Your own judge 
         def __call__(self, images, text, t=None):
             return 10 * images.mean((1, 2, 3))
 
-and a line in JUDGES: "bright": Bright. Without reads_prompt = False it is only asked where prompts
-are known; with unclamped = True its images may overshoot [0, 1], as the VAE's do. It may offer
+and a line in JUDGES: "bright": Bright. reads_prompt = False lets it score images whose prompts are
+not known; with unclamped = True its images may overshoot [0, 1], as the VAE's do. It may offer
 report(images, prompts) -> {name: (N,)}, more figures for the tables, and compile(size). Scores that
 are logits suit --threshold: a pair is trained on if softmax([best, worst]) differs by more than it.
 """

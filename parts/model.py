@@ -132,6 +132,12 @@ class Policy:
         finally:
             self._swap()
 
+    def predict_both(self, *inputs):
+        """(eps, eps_ref): predict_noise(unet, *inputs) of the policy and of the reference."""
+        eps = predict_noise(self.unet, *inputs)
+        with self.reference():
+            return eps, predict_noise(self.unet, *inputs)
+
     def _swap(self):
         self.swapped = not self.swapped
         for layer in self.layers.values():
@@ -251,7 +257,7 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     x_t: (N, C, h, w); t: (N,); text: (N, L, C); null: (1, L, C), the empty prompt. guidance <= 1 is
     none, as in diffusers: one row per image. Returned in x_t's dtype (fp32, or fp64 in tests). The
     UNet computes in the text's dtype; if its weights are wider (--full keeps them in fp32), under
-    autocast. A frozen UNet needs no autocast, which would keep every normalisation's input in fp32.
+    autocast. Not where the dtypes agree: it would keep every normalisation's input in fp32.
     """
     compute_dtype, autocast = text.dtype, contextlib.nullcontext()
     if unet.conv_in.weight.dtype != compute_dtype:

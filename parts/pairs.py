@@ -26,7 +26,7 @@ from loss import noise_log_ratio
 from parts import common
 from parts.common import UserError, cell_of
 from parts.images import read_image
-from parts.model import encode_prompts, latent_shape, predict_noise, say_cut
+from parts.model import encode_prompts, latent_shape, say_cut
 from parts.weights import first_line
 
 # what every wrong file is answered with
@@ -101,14 +101,14 @@ class PairSet:
 
 class ImagePairs:
     """n pairs of finished images; winner and loser share the timestep t (n,) and the noise eps
-    (n, 4, h, w), which is on the CPU. weight: (n,), in the loss; order: (n,); size: n."""
+    (n, 4, h, w), which is on the CPU. weight: (n,), in the loss; order: (n,); advance: n."""
 
     def __init__(self, data, epoch, chosen):
         self.pairs, self.pipe, self.folder = [data.pairs[i] for i in chosen], data.pipe, data.folder
         t, eps = zip(*[data.draw(epoch, i) for i in chosen])
         self.t, self.eps = torch.stack(t).to(data.pipe.unet.device), torch.stack(eps)
         self.weight = torch.tensor([pair.weight for pair in self.pairs], device=self.t.device)
-        self.size, self.order = len(chosen), torch.arange(len(chosen))
+        self.advance, self.order = len(chosen), torch.arange(len(chosen))
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: Diffusion-DPO's bound at the pair's t.
@@ -120,11 +120,8 @@ class ImagePairs:
         latents = [np.fromfile(self.folder / key, np.float32) for key in winners + losers]
         x_0 = eps.new_tensor(np.stack(latents)).view_as(eps)  # (2B, 4, h, w)
         x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(a_t) x_0 + sqrt(1 - a_t) eps
-        inputs = x_t, t, encode_prompts(self.pipe, captions).repeat(2, 1, 1), None, 0.0
-
-        eps_hat = predict_noise(policy.unet, *inputs)
-        with policy.reference():
-            eps_ref = predict_noise(policy.unet, *inputs)
+        text = encode_prompts(self.pipe, captions).repeat(2, 1, 1)
+        eps_hat, eps_ref = policy.predict_both(x_t, t, text, None, 0.0)
         return noise_log_ratio(eps_hat, eps_ref, eps, len(alphas_cumprod), reduce).chunk(2)
 
 
@@ -166,6 +163,7 @@ def parquet_files(path):
 def to_record(row, folder):
     """(caption, [winner, loser], weight); an image as its Path or the file's bytes, the caption ""
     where there is none."""
+    # the other one where the first is empty
     caption = cell_of(row, ("prompt", "caption")) or cell_of(row, ("caption", "prompt"))
     caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     caption.encode()  # half a surrogate pair, which JSON can hold, is no text

@@ -21,7 +21,7 @@ from parts.weights import first_line
 
 
 class World:
-    """The ranks that torchrun started or, without it, one rank, for which nothing here acts."""
+    """The ranks that torchrun started or, without it, one, for which all of this does nothing."""
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))

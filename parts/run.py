@@ -45,7 +45,7 @@ class Run:
     def begin(self, policy, opt, scaler):
         """Writes a new run's first state or, with --resume, goes on from the one that is there."""
         if self.rank == 0:
-            self.take()
+            self.lock_folder()
         resume, there = self.config["args"]["resume"], os.path.exists(self.state_path)
         elsewhere = "start again in another --output_dir"
         if resume:
@@ -63,7 +63,7 @@ class Run:
         else:  # a run that was killed before its first state begins again
             self.save(policy, opt, scaler)
 
-    def take(self):
+    def lock_folder(self):
         """One process a folder; a lock that its death releases."""
         self.lock = FileLock(f"{self.folder}/lock")
         try:
@@ -246,7 +246,7 @@ def save_pictures(folder, prompts, reference, images, epoch):
 
 
 def read_log(folder, kind):
-    fix = "delete that file, and the run goes on without its log"
+    fix = "delete the damaged line, or let train.py --resume mend a log that was cut"
     records = read_json(f"{folder}/metrics.jsonl", fix)
     return [record for record in records if record["kind"] == kind]
 
@@ -308,12 +308,12 @@ def values_per_prompt(judge, prompts, images):
         if compare:
             rows = [[compare(*two) for two in itertools.combinations(row, 2)] for row in rows]
         values[metric] = rows
-    means = {}
+    result = {}
     for metric, rows in values.items():
         rows = [[float(x) for x in row if math.isfinite(x)] for row in rows]
         if any(rows):  # not of captions that a checker cannot read, nor of one image a prompt
-            means[metric] = [sum(row) / len(row) if row else None for row in rows]
-    return means
+            result[metric] = [sum(row) / len(row) if row else None for row in rows]
+    return result
 
 
 def before_after_table(before, after, count):
@@ -326,7 +326,7 @@ def before_after_table(before, after, count):
     for name in before:
         # equal pictures have no PSNR
         old, new = (np.array(values.get(name, lacking), dtype=float) for values in (before, after))
-        cells, means = [name], []
+        cells, numbers = [name], []
         for values, sign in ((old, ""), (new, ""), (new - old, "+")):
             values = values[~np.isnan(values)]
             mean = values.mean() if len(values) else math.nan
@@ -335,7 +335,7 @@ def before_after_table(before, after, count):
                 error = values.std(ddof=1) / math.sqrt(len(values))
                 spread = f" +- {error:#.3g}"
             cells.append(f"{mean:{sign}#.4g}{spread}")
-            means.append(float(mean))
+            numbers.append(float(mean))
         rows.append([*cells, f"{mean / error:+.1f}" if error > 0 else "-"])
-        figures[name] = dict(zip(("before", "after", "change"), means), se=float(error))
+        figures[name] = dict(zip(("before", "after", "change"), numbers), se=float(error))
     return markdown(rows), figures

@@ -46,7 +46,7 @@ def interval(values, level=0.95):
 
 def detectable(n):
     """The least mean of n values, in their standard deviations, that a test at 5 % finds four times
-    in five: then t is noncentral."""
+    in five (where the mean is not 0, t is noncentral)."""
     limit = stats.t.ppf(0.975, n - 1)
     return special.nctdtrinc(n - 1, 0.2, limit) / math.sqrt(n)  # NaN if n is 1
 

@@ -91,7 +91,7 @@ def test_a_runs_csv_that_is_not_whole(tmp_path):
 
     def read(lines, header=header):
         path.write_text("\n".join([header, *map(",".join, lines)]))
-        return study.read_rows(path)
+        return study.read_table(path)
 
     assert len(read(rows)) == 4
     damages = [rows[:-1], rows[1:], [*rows[:-1], rows[-1][:5]]]
@@ -148,7 +148,9 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder(model):
 
 def test_a_key_that_a_line_of_the_log_lacks(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step"}\n{"qind": "step"}\n')
-    with pytest.raises(common.UserError, match="metrics.jsonl lacks 'kind': delete that file"):
+    with pytest.raises(
+        common.UserError, match="metrics.jsonl lacks 'kind': delete the damaged line"
+    ):
         run.read_log(tmp_path, "step")
 
 
@@ -167,7 +169,7 @@ def test_a_folder_that_got_a_run_while_this_one_loaded(tmp_path):
     this = run.Run(str(tmp_path), {"args": {"resume": False}})
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(common.UserError, match="already holds a run"):
-        this.take()
+        this.lock_folder()
     resumed = run.Run(str(tmp_path), {"args": {"resume": True}})
     this.lock.release()
-    resumed.take()
+    resumed.lock_folder()

@@ -384,19 +384,19 @@ WRONG_BETA = {"args": RUN_FLAGS | {"beta": "ten"}}
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("metrics.jsonl", None, "cannot use"),
+        ("metrics.jsonl", None, "metrics.jsonl"),
         ("metrics.jsonl", "", "no optimiser step"),
-        ("metrics.jsonl", b"\xff\xfe", "cannot use"),
+        ("metrics.jsonl", b"\xff\xfe", "metrics.jsonl"),
         ("metrics.jsonl", '{"kind": "rollout", "step": 0}\n', "no optimiser step"),
         ("metrics.jsonl", '{"kind": "step", "step": 1}\n', "lacks 'log_X_w'"),
-        ("metrics.jsonl", "7\n", "TypeError"),
+        ("metrics.jsonl", "7\n", "not subscriptable"),
         ("metrics.jsonl", NOT_FINITE, "not finite"),
-        ("config.json", None, "cannot use"),
-        ("config.json", "{", "JSONDecodeError"),
-        ("config.json", "[]", "TypeError"),
-        ("config.json", '{"args": {"div": "js", "beta": 0}}', "KeyError: 'alpha'"),
+        ("config.json", None, "config.json"),
+        ("config.json", "{", "config.json"),
+        ("config.json", "[]", "config.json"),
+        ("config.json", '{"args": {"div": "js", "beta": 0}}', "config.json lacks 'alpha'"),
         ("config.json", json.dumps(WRONG_ROW), "unknown divergence 'kl'"),
-        ("config.json", json.dumps(WRONG_BETA), "TypeError"),
+        ("config.json", json.dumps(WRONG_BETA), "unsupported operand"),
     ],
 )
 def test_damaged_runs(command, tmp_path, name, content, words):
@@ -406,7 +406,7 @@ def test_damaged_runs(command, tmp_path, name, content, words):
         (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     result = command("landscape.py", "--runs", run, "--output_dir", tmp_path / "out")
     refused(result, words)
-    assert str(run / name) in result[2] and "--runs takes folders" in result[2]
+    assert str(run) in result[2]
     assert not (tmp_path / "out").exists()
 
 
@@ -414,7 +414,7 @@ def test_a_log_cut_in_mid_line(command, tmp_path):
     log = write_run(tmp_path / "run") / "metrics.jsonl"
     log.write_text(log.read_text()[:-10])
     flags = ["--runs", tmp_path / "run", "--output_dir", tmp_path / "out"]
-    refused(command("landscape.py", *flags), "its --resume mends a log that was cut")
+    refused(command("landscape.py", *flags), "let train.py --resume mend a log that was cut")
 
 
 def test_an_output_that_cannot_be_written(command, tmp_path):

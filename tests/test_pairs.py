@@ -215,18 +215,18 @@ def test_chunks_walk_through_the_epochs(pipe, twelve, pair_folder, cache):
     seen, sizes, walked = 0, [], []
     while seen < 2 * len(many):
         chunk = chunk_at(many, seen, 2)
-        assert chunk.size == len(chunk.t) == len(chunk.weight) == len(chunk.order)
-        assert chunk.order.tolist() == list(range(chunk.size))
+        assert chunk.advance == len(chunk.t) == len(chunk.weight) == len(chunk.order)
+        assert chunk.order.tolist() == list(range(chunk.advance))
         walked += chunk.pairs
-        sizes.append(chunk.size)
-        seen += chunk.size
+        sizes.append(chunk.advance)
+        seen += chunk.advance
     assert sizes == [40, 8, 40, 8]
     orders = [order(many, epoch).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(48))
     assert walked == [many.pairs[i] for numbers in orders for i in numbers]
     again = chunk_at(open_pairs(pair_folder, pipe, cache), 17)
     first = chunk_at(twelve, 17)
-    assert again.pairs == first.pairs and again.size == 7
+    assert again.pairs == first.pairs and again.advance == 7
     assert torch.equal(again.t, first.t) and torch.equal(again.eps, first.eps)
 
 

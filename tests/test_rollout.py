@@ -264,7 +264,7 @@ def test_a_rollout_costs_130_unet_rows_a_prompt_and_ticks_every_step(pipe):
     hook.remove()
     assert sum(rows) == 2 * 130 and set(rows) == {2 * 2}  # one size alone: for --compile
     assert len(ticks) == 20
-    assert pairs.size == 2 and pairs.scores.shape == (16, 2, 4)
+    assert pairs.advance == 2 and pairs.scores.shape == (16, 2, 4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_joined_pairs_keep_their_own_prompts_and_scores(pipe):
     scores = [first.scores, second.scores]
     children = [first.x_w, second.x_w]
     joined = join_pairs([first, second])
-    assert joined.size == 3
+    assert joined.advance == 3
     assert torch.equal(joined.text[joined.prompt], torch.cat(texts))
     assert torch.equal(joined.x_w, torch.cat(children))
     assert torch.equal(joined.scores, torch.cat(scores, 1))

@@ -189,7 +189,7 @@ def test_a_policy_that_paints_one_picture_has_no_psnr(tmp_path):
             (folder / "metrics.jsonl").write_text(text)
             spec = study.Spec("published", div, seed, "digest", "", folder)
             study.add_rows(spec, table, "digest")
-    assert len(study.read_rows(table)) == 5 * 7 * 2
+    assert len(study.read_table(table)) == 5 * 7 * 2
     text = stats.report(study.read_outcomes(table), study.SETTINGS, "")
     assert "| js | 2 | +2.25" in text and text.count("rkl, js x 2 seeds") == 1
 
