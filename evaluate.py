@@ -91,7 +91,7 @@ class Row:  # a line of the tables
 
 def main():
     start, args = time.time(), parse_args()
-    rows = find_rows(args)  # those of models first
+    rows = find_rows(args)  # the originals first, if any
     metrics, prompts = choose_metrics(args, rows), choose_prompts(args, rows)
     for row in rows:
         if not row.model:

@@ -303,7 +303,7 @@ def verdict(found):
     paper = [found[div.name] for div in choose_divergences(PAPER) if div.name in found]
     wins = np.equal(found["js"], np.min(paper, axis=0))
     count = f"{wins.sum()} of {len(wins)}"
-    return f"Jensen-Shannon is the smoothest of the paper's rows in {count} columns"
+    return f"Jensen-Shannon is the smoothest of the paper's rows here in {count} columns"
 
 
 # ---- Real runs -----------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ def generate(
 ):
     """Images (N, 3, H, W) in [0, 1], on the CPU, of N prompts and N seeds, by DDIM.
 
-    One generator per image, always on the CPU: seed k is the same picture at any batch size and on
-    any device. progress: called after every denoising step with the part of the images that it
-    has made, so that a bar of N images moves at every step.
+    One generator per image, on the CPU: seed k is the same picture at any batch size, of the same
+    noise on any device. progress: called after every denoising step with the part of the images
+    that it has made, so that a bar of N images moves.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -104,7 +104,7 @@ class Pairs:
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: one step's log X, loss.step_log_ratios.
-        Winner and loser share x_t, t and prompt: one prediction of either policy serves both."""
+        Winner and loser share x_t, t and prompt: one prediction of each policy serves both."""
         x_t, t, text = self.x_t[index], self.t[index], self.text[self.prompt[index]]
         # both (B, 4, h, w)
         eps, eps_ref = policy.predict_both(x_t, t, text, self.null, self.guidance)

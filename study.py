@@ -94,7 +94,7 @@ def main():
         run_all(todo, table, args)
         if not args.own_judge:  # the paper's Tables 2 and 3
             folders = [spec.folder for spec in specs if (spec.folder / "table.md").exists()]
-            place = ["--output_dir", f"{args.output_dir}/evaluation"]
+            place = ["--device", args.device, "--output_dir", f"{args.output_dir}/evaluation"]
             subprocess.run([sys.executable, HERE / "evaluate.py", *folders, *place])
     outcomes = read_outcomes(table)
     if not outcomes:
@@ -122,7 +122,6 @@ def parse_args():
     args = parser.parse_args(words)
     check_ranges(FLAGS, args)
     args.extra = sys.argv[len(words) + 2 :]  # behind --, flags of train.py
-    args.pairs = args.pairs or f"{args.output_dir}/pairs"
     args.folder, _ = resolve_model(args.model)
     args.model = "toy" if args.folder == TOY else args.folder
     own = read_train_json(args.folder)
@@ -130,7 +129,8 @@ def parse_args():
     args.gpus = torch.cuda.device_count() if common.pick_device(args.device) == "cuda" else 0
     args.jobs = args.jobs or args.gpus or (2 if args.own_judge else 1)
     code = [path.read_text() for path in files_of_a_run()]
-    args.digest = short_hash([code, args.model, own, args.eval_interval, args.extra])
+    args.digest = short_hash([code, args.model, own, args.eval_interval, args.pairs, args.extra])
+    args.pairs = args.pairs or f"{args.output_dir}/pairs"
     return args
 
 

@@ -65,7 +65,7 @@ FLAGS = {
     "judge": ("step_aware", ("none", *JUDGES), "which model scores"),
     "weights": (None, None, "a folder of the judge's weights (and SPO's prompts), not the hub"),
     "preview_decoder": (None, None, "a tiny VAE (madebyollin/taesd) for the judge: not equivalent"),
-    "prompts": (None, None, "a .txt, a table or JSON (default: the model's own, or SPO's 4,000)"),
+    "prompts": (None, None, "a file (default: the model's, or SPO's 4,000); of --pairs: held out"),
     "pairs": (None, None, "preference pairs, a folder or a file: docs/pairs.md"),
     "skip_bad": (False, None, "leave out pairs whose images are missing or damaged"),
     "cache_dir": ("out/latents", None, "where --pairs keeps encoded images, for all runs"),

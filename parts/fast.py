@@ -13,7 +13,7 @@ from parts.weights import has_weights
 
 def make_fast(pipe, judge, unet_batches, judge_batch):
     """torch.compile of UNet, VAE decoder and judge. unet_batches: the UNet's batch sizes, in rows.
-    With its LoRA on and off compiled code rounds otherwise: in half precision X begins near 1."""
+    It rounds differently with the LoRA on and off: in half precision X begins near 1, not at 1."""
     forward = pipe.unet.forward
 
     def noise(x, t, text):

@@ -229,9 +229,10 @@ def to_model(data, height, width):
 
 def hold_out_captions(data, prompts_file, count):
     """(PairSet to train on, held-out captions): no pair of a held-out caption is trained on.
-    prompts_file: --prompts, which names them itself. Raises UserError if no pair is left."""
+    prompts_file: --prompts, which names them itself; the first `count` are returned, for the table.
+    Raises UserError if no pair is left."""
     if prompts_file:
-        held_out = common.read_prompts(prompts_file)[:count]
+        held_out = common.read_prompts(prompts_file)
     else:
         captions, held_out = common.hold_out(data.captions, count)
         if captions == held_out:  # a single one, on both sides
@@ -240,4 +241,4 @@ def hold_out_captions(data, prompts_file, count):
     if not kept:
         raise UserError(f"{prompts_file} names every caption of the pairs: leave some to train on")
     print(f"{len(kept)} pairs to train on, {len(held_out)} prompts held out")
-    return PairSet(kept, data.pipe, data.folder, data.seed), held_out
+    return PairSet(kept, data.pipe, data.folder, data.seed), held_out[:count]

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +242,14 @@ def test_the_digest_is_of_all_that_train_imports():
         new += test_house.GRAPH[name] - files
     listed = {test_house.module_name(path) for path in study.files_of_a_run()}
     assert files <= listed and "parts.stats" not in listed
+
+
+def test_a_run_of_other_pairs_is_another_run(monkeypatch):
+    digests = set()
+    for pairs in ([], ["--pairs", "one"], ["--pairs", "two"]):
+        monkeypatch.setattr(sys, "argv", ["study.py", *pairs])
+        digests.add(study.parse_args().digest)
+    assert len(digests) == 3
 
 
 def test_the_toys_plan(command):
