@@ -64,7 +64,7 @@ FLAGS = {
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),
-    "weights": ("", None, "a folder of all weights (and HPDv2), in place of the hub"),
+    "weights": ("", None, "a folder of the metrics' weights (and HPDv2), not the hub"),
     "num_inference_steps": (0, "[0, 500]", "DDIM steps; 0: the run's, or 20"),
     "guidance_scale": (0.0, "[0, inf)", "1: none; 0: the run's, or 5"),
     "batch_size": (16, "[1, inf)", "images painted at once"),

@@ -36,7 +36,7 @@ def optimal_policy(p_ref, reward, beta, div):
         return torch.logsumexp(log_p + log_x, 0).item()
 
     most = -p_ref[gap == 0].sum().log().item()  # where the best have all the mass
-    rest = log_mass(optimize.brentq(log_mass, -1e-9, most + 1e-9, xtol=1e-12))
+    rest = log_mass(optimize.brentq(log_mass, -1e-5, most + 1e-9, xtol=1e-15))
     log_x = log_x - rest  # what v cannot resolve in its last bit
     f_of_best = div.reward(log_x[gap == 0][0]) + div.df(torch.ones((), dtype=torch.float64))
     return log_x, reward.max().item() - beta * f_of_best.item()

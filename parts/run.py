@@ -246,7 +246,7 @@ def save_pictures(folder, prompts, reference, images, epoch):
 
 
 def read_log(folder, kind):
-    fix = "delete the damaged line, or let train.py --resume mend a log that was cut"
+    fix = "delete that file and --resume, which goes on; a cut end --resume mends itself"
     records = read_json(f"{folder}/metrics.jsonl", fix)
     return [record for record in records if record["kind"] == kind]
 

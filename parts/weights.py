@@ -242,7 +242,7 @@ def find_configs(where):
 
 def find_model(model):
     """(folder, None) of a whole model; of a single-file checkpoint (a folder with configurations
-    for it, the file). Raises UserError, before a download, if it is not whole, or another kind."""
+    for it, the file). Raises UserError, before a download, if not whole, or of another kind."""
     where, _ = resolve_model(model)
     if os.path.isfile(where):
         folder = os.path.dirname(os.path.abspath(where))

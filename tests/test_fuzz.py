@@ -148,9 +148,7 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder(model):
 
 def test_a_key_that_a_line_of_the_log_lacks(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step"}\n{"qind": "step"}\n')
-    with pytest.raises(
-        common.UserError, match="metrics.jsonl lacks 'kind': delete the damaged line"
-    ):
+    with pytest.raises(common.UserError, match="metrics.jsonl lacks 'kind': delete that file"):
         run.read_log(tmp_path, "step")
 
 

@@ -414,7 +414,7 @@ def test_a_log_cut_in_mid_line(command, tmp_path):
     log = write_run(tmp_path / "run") / "metrics.jsonl"
     log.write_text(log.read_text()[:-10])
     flags = ["--runs", tmp_path / "run", "--output_dir", tmp_path / "out"]
-    refused(command("landscape.py", *flags), "let train.py --resume mend a log that was cut")
+    refused(command("landscape.py", *flags), "a cut end --resume mends itself")
 
 
 def test_an_output_that_cannot_be_written(command, tmp_path):

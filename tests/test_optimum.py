@@ -135,6 +135,8 @@ def test_critical_beta_in_closed_form():
 @pytest.mark.parametrize("div", ROWS[:-1], ids=IDS[:-1])
 def test_limits_are_limits(div):
     unstated = Divergence(div.name, div.f, div.df, div.d2f, div.reward)
+    stated = {"fkl": 1.0, "js": math.log(2)} | {f"alpha{a}": 1 / a for a in (0.2, 0.4, 0.6, 0.8)}
+    assert div.limit == pytest.approx(stated.get(div.name, math.inf), rel=1e-12)
     if math.isinf(div.limit):
         assert unstated.limit == math.inf
         assert value(div, 600.0) > value(div, 300.0) + 100
@@ -152,6 +154,13 @@ def test_a_constant_changes_nothing_and_equal_rewards_leave_the_reference():
         assert torch.allclose(moved, log_x, atol=1e-11) and lam_moved == pytest.approx(lam + 7)
         log_x, lam = optimal_policy(p_ref, torch.full_like(p_ref, 3.0), 0.5, div)
         assert log_x.abs().max() < 1e-15 and lam == pytest.approx(3 - 0.5 * div.df(ONE).item())
+
+
+def test_p_ref_in_fp32_sums_to_one_nearly():
+    for div in ROWS:
+        for p_ref, beta in ((torch.full((10,), 0.1), 1.0), (torch.tensor([0.5, 0.5000005]), 1e8)):
+            log_x, _ = optimal_policy(p_ref, torch.ones(len(p_ref)), beta, div)
+            assert (p_ref.double() * log_x.exp()).sum().item() == pytest.approx(1, abs=1e-12)
 
 
 BAD = [
