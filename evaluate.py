@@ -60,7 +60,7 @@ TABLE3 = {
 }
 # flag: (default, its range, what it is)
 FLAGS = {
-    "prompts": ("", None, "a file or hpdv2 (default: SD1.5's hpdv2; held out; prompts.txt)"),
+    "prompts": ("", None, "a file, or hpdv2, which is SD1.5's default (else those held out)"),
     "num_prompts": (0, "[0, inf)", "the first so many of them; 0: all"),
     "images_per_prompt": (0, "[0, 100]", "K; 0: what is there, or 4"),
     "model": ("auto", None, "that LoRA files belong to: auto, toy, a folder, file or hub id"),

@@ -16,8 +16,7 @@ It writes to --output_dir (out/landscape), the numbers of each picture beside it
                  an item that the reference hardly knows; and what gradient steps on eq. 5 reach
     runs         with --runs: the path of each run on the contours of its own surface
 
-A divergence of your own, a line in divergences.TABLE, appears everywhere by its name. All
-numbers are float64.
+A divergence of your own (divergences.py shows one) appears by its name. All numbers are float64.
 """
 
 import itertools

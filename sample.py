@@ -243,7 +243,7 @@ def clear_pairs(parent, children, t, scores, threshold):
 
 
 FLAGS = {  # flag: (default, its range, what it is)
-    "prompts": (None, None, "a file of further prompts, one a line"),
+    "prompts": (None, None, "a file of prompts, one a line, instead or as well"),
     "model": ("auto", None, "auto, toy, a folder, a single checkpoint or a hub id"),
     "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
     "guidance_scale": (5.0, "(-inf, inf)", "<= 1 is none"),

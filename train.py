@@ -77,7 +77,7 @@ FLAGS = {
     "threshold": (0.3, "[0, 1)", "a pair counts if softmax([best, worst]) differs by more"),
     "num_inference_steps": (20, "[1, 500]", "DDIM steps"),
     "eta": (1.0, "(0, inf)", "DDIM noise; children differ by it alone"),
-    "guidance_scale": (5.0, "(-inf, inf)", "in sampling, and in training without --pairs; 1: none"),
+    "guidance_scale": (5.0, "(-inf, inf)", "in sampling; but for --pairs in training; <= 1: none"),
     # training
     "train_batch_size": (10, "[1, inf)", "pairs a backward pass, on every rank"),
     "gradient_accumulation_steps": (4, "[1, inf)", "backward passes an optimiser step"),

@@ -257,7 +257,7 @@ def predict_noise(unet, x_t, t, text, null, guidance):
     x_t: (N, C, h, w); t: (N,); text: (N, L, C); null: (1, L, C), the empty prompt. guidance <= 1 is
     none, as in diffusers: one row per image. Returned in x_t's dtype (fp32, or fp64 in tests). The
     UNet computes in the text's dtype; if its weights are wider (--full keeps them in fp32), under
-    autocast. Not where the dtypes agree: it would keep every normalisation's input in fp32.
+    autocast. No autocast where dtypes agree: it would keep every normalisation's input in fp32.
     """
     compute_dtype, autocast = text.dtype, contextlib.nullcontext()
     if unet.conv_in.weight.dtype != compute_dtype:

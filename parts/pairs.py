@@ -112,7 +112,7 @@ class ImagePairs:
 
     def log_ratios(self, policy, index, reduce="mean"):
         """(u_w, u_l), each (B,), of the pairs `index`: Diffusion-DPO's bound at the pair's t.
-        One prediction of either policy on 2B rows, B winners and their B losers; no guidance."""
+        One prediction of each policy on 2B rows, B winners and their B losers; no guidance."""
         captions, winners, losers, _ = zip(*[self.pairs[k] for k in index.tolist()])
         scheduler = self.pipe.scheduler
         alphas_cumprod = scheduler.alphas_cumprod  # (T,), of the device and dtype to compute in

@@ -246,8 +246,9 @@ def save_pictures(folder, prompts, reference, images, epoch):
 
 
 def read_log(folder, kind):
+    path = f"{folder}/metrics.jsonl"
     fix = "delete that file and --resume, which goes on; a cut end --resume mends itself"
-    records = read_json(f"{folder}/metrics.jsonl", fix)
+    records = read_json(path, fix) if os.path.exists(path) else []
     return [record for record in records if record["kind"] == kind]
 
 

@@ -465,6 +465,8 @@ def bench_optimum(rounds, count=10**6):
 def summarise(folder):
     """Medians over the optimiser steps and the rollouts of a run (not of --pairs), from its log."""
     steps, rollouts = read_log(folder, "step"), read_log(folder, "rollout")
+    if not rollouts:
+        raise UserError(f"{folder} has no log of rollouts: give a run's folder")
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
     skipped = sum(step["grad_norm"] is None for step in steps)

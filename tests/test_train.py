@@ -524,6 +524,9 @@ def test_a_damaged_log_is_one_line_before_any_work(command, small_run, unpainted
         code, _, err = command("train.py", *resume, tmp_path / name)
         assert code == 0, err
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "hurt"))
+    log.unlink()  # now that nothing is left to train: the table is made anew
+    code, out, err = command("train.py", *resume, tmp_path / "hurt")
+    assert code == 0 and "before | after" in out, err
 
 
 def test_a_run_that_has_enough_steps_keeps_its_epoch(command, small_run, unpainted, tmp_path):
